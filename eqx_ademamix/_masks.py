@@ -1,0 +1,370 @@
+"""Which leaves are trained, and which of them are decayed."""
+
+import dataclasses
+import math
+import re
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from jaxtyping import PyTree
+
+from ._checks import (
+    Path,
+    children,
+    describe,
+    is_inexact_shape,
+    is_leaf,
+    no_type_check,
+    structure_mismatch,
+)
+
+
+#
+# Filter specs
+#
+
+
+def select(spec: Any, tree: Any, name: str) -> Any:
+    """The inexact arrays of a tree that a filter spec selects, `None` elsewhere."""
+    arrays = jax.tree.map(
+        lambda x: jnp.asarray(x) if eqx.is_inexact_array(x) else None, tree
+    )
+    keep = as_bools(spec, arrays, name)
+    return jax.tree.map(lambda flag, x: x if flag else None, keep, arrays)
+
+
+def as_bools(spec: Any, arrays: Any, name: str, path: Path = ()) -> Any:
+    """Resolves a filter spec to one bool for each array of a tree (`None` where that
+    has `None`).
+
+    A spec is a bool for a whole subtree, a callable on each array of it, or a node
+    whose children are specs. Where a tree has no arrays a spec may be anything: so it
+    may be shaped like the whole model or like the filtered one.
+    """
+    if not jtu.tree_leaves(arrays):
+        return arrays
+    if is_leaf(spec):
+        return jtu.tree_map_with_path(
+            lambda key, x: _as_bool(spec, x, name, path + key), arrays
+        )
+    mismatch = None if is_leaf(arrays) else _one_level_mismatch(spec, arrays)
+    if is_leaf(arrays) or mismatch:
+        raise ValueError(
+            f"{name}{jtu.keystr(path)} is {describe(spec)}, but the parameters have "
+            f"{mismatch or describe(arrays)} there. A mask is a bool, a callable on "
+            "one array, or a tree of bools shaped like the model or a prefix of it."
+        )
+    (specs, _), (subtrees, treedef) = children(spec), children(arrays)
+    pairs = zip(specs, subtrees, strict=True)
+    return treedef.unflatten(
+        as_bools(child, sub, name, path + key) for (_, child), (key, sub) in pairs
+    )
+
+
+def _one_level_mismatch(spec: Any, arrays: Any) -> str | None:
+    if children(spec)[1] == children(arrays)[1]:
+        return None
+    mismatch = structure_mismatch(spec, arrays)
+    return mismatch.expected if mismatch else describe(arrays)
+
+
+def _as_bool(spec: Any, array: Any, name: str, path: Path) -> bool:
+    flag = spec(array) if callable(spec) else spec
+    if isinstance(flag, (bool, np.bool_)):
+        return bool(flag)
+    raise TypeError(
+        f"{name}{jtu.keystr(path)} is {describe(flag)}, but a bool was expected for "
+        f"{describe(array)}. Under plain `jax.jit` a mask must not be an argument: use "
+        "`eqx.filter_jit`."
+    )
+
+
+#
+# Decay masks
+#
+
+_NORMS = (eqx.nn.LayerNorm, eqx.nn.RMSNorm, eqx.nn.GroupNorm, eqx.nn.BatchNorm)
+_BIAS = re.compile(r"(^|_)bias(es)?(_|$)")
+
+
+class _Place(NamedTuple):
+    """An inexact array of a model, and where it sits."""
+
+    path: Path
+    leaf: Any
+    owners: tuple[Any, ...]  # from the root to the node that holds the leaf
+    stack: tuple[int, ...]  # leading axes that come from stacking (vmapping) its layer
+
+
+class _Verdict(NamedTuple):
+    decayed: bool
+    rule: str
+
+
+Predicate = Callable[[str, Any], bool | None]
+
+
+@no_type_check
+def decay_mask(
+    model: PyTree[Any],
+    *,
+    predicate: Predicate | None = None,
+    exclude: str | Sequence[str] = (),
+    include: str | Sequence[str] = (),
+    skip_types: type | tuple[type, ...] = _NORMS,
+) -> PyTree[bool]:
+    r"""Chooses the leaves that weight decay acts on.
+
+    The first of these that has an opinion decides on an inexact array:
+
+    1. `predicate`,
+    2. `exclude`: not decayed,
+    3. `include`: decayed,
+    4. its module, or one around it, is among `skip_types` (normalisation layers): not
+       decayed,
+    5. its field is named as a bias (`bias`, `bias_ih`, `qkv_bias`, ...): not decayed,
+       whatever its rank,
+    6. its rank: decayed from 2 on. Axes that come from stacking layers with
+       `eqx.filter_vmap` do not count. They are recognised by the layers of `eqx.nn`
+       inside the stack, whose ranks are known, and by jaxtyping annotations.
+
+    Everything else (functions, integers, ...) is `False`.
+
+    **Arguments:**
+
+    - `model`: the model, of arrays or of `jax.ShapeDtypeStruct`s.
+    - `predicate`: called with each inexact array's path, as error messages print it
+        after the tree's name (`.layers[0].weight`), and with the array. Returns a bool,
+        or `None` to leave the choice to the other rules.
+    - `exclude`, `include`: regular expressions, looked for in that path by `re.search`.
+        Mind that brackets and dots are special: `r"layers\[0\]"`.
+    - `skip_types`: module types none of whose arrays is decayed.
+
+    **Returns:**
+
+    A tree of bools shaped like the model, for `AdEMAMix(weight_decay_mask=...)`.
+    [`eqx_ademamix.decay_report`][] prints it.
+
+    **Raises:**
+
+    - `TypeError`: if `predicate` returns neither a bool nor `None`.
+
+    !!! Example
+
+        ```python
+        import equinox as eqx
+        import jax
+        import eqx_ademamix
+
+        model = eqx.nn.MLP(2, 1, width_size=8, depth=1, key=jax.random.key(0))
+        mask = eqx_ademamix.decay_mask(model, exclude=r"layers\[0\]")
+        assert mask.layers[1].weight and not mask.layers[1].bias
+        assert not mask.layers[0].weight
+        ```
+    """
+
+    excluded, included = _patterns(exclude), _patterns(include)
+
+    def verdict(place: _Place) -> bool:
+        chosen = _chosen(place, predicate, excluded, included)
+        return _by_rule(place, skip_types).decayed if chosen is None else chosen
+
+    flags = {place.path: verdict(place) for place in _places(model)}
+    return jtu.tree_map_with_path(lambda path, _: flags.get(path, False), model)
+
+
+def _patterns(patterns: str | Sequence[str]) -> tuple[Any, ...]:
+    return (patterns,) if isinstance(patterns, str | re.Pattern) else tuple(patterns)
+
+
+def _chosen(
+    place: _Place,
+    predicate: Predicate | None,
+    exclude: tuple[Any, ...],
+    include: tuple[Any, ...],
+) -> bool | None:
+    """What the caller has to say on a leaf."""
+    path = jtu.keystr(place.path)
+    flag = None if predicate is None else predicate(path, place.leaf)
+    if flag is not None:
+        return _as_bool(flag, place.leaf, "predicate at ", place.path)
+    if any(_found(pattern, path) for pattern in exclude):
+        return False
+    if any(_found(pattern, path) for pattern in include):
+        return True
+    return None
+
+
+def _found(pattern: Any, path: str) -> bool:
+    # `^` matches before and after the leading dot of `.layers[0].weight`.
+    return any(re.search(pattern, text) for text in (path, path.removeprefix(".")))
+
+
+def _by_rule(place: _Place, skip_types: Any) -> _Verdict:
+    """What the rules say on a leaf on which the caller has no opinion."""
+    skipped = [type(x).__name__ for x in place.owners if isinstance(x, skip_types)]
+    if skipped:
+        return _Verdict(False, f"in a {skipped[-1]}")
+    if _BIAS.search(_field_name(place.path)):
+        return _Verdict(False, "a bias")
+    rank = len(place.leaf.shape) - len(place.stack)
+    stack = f", stacked {'x'.join(map(str, place.stack))} times" if place.stack else ""
+    return _Verdict(rank >= 2, f"rank {rank}{stack}")
+
+
+def _field_name(path: Path) -> str:
+    """The innermost name in a path: attributes and dictionary keys have one."""
+    names = [getattr(key, "name", getattr(key, "key", None)) for key in path]
+    return next((name for name in reversed(names) if isinstance(name, str)), "")
+
+
+def _places(
+    node: Any,
+    path: Path = (),
+    owners: tuple[Any, ...] = (),
+    stack: tuple[int, ...] = (),
+) -> Iterator[_Place]:
+    """All inexact arrays of a model, in the order of its flattening."""
+    if is_inexact_shape(node):
+        yield _Place(path, node, owners, _common_prefix([stack, node.shape]))
+    elif not is_leaf(node):
+        stack = max(stack, _stacked_axes(node), key=len)
+        for key, child in children(node)[0]:
+            yield from _places(child, path + key, (*owners, node), stack)
+
+
+def _stacked_axes(node: Any) -> tuple[int, ...]:
+    """The leading axes that all arrays of known rank below a node have in excess."""
+    known = list(_known_arrays(node))
+    return _common_prefix([x.shape[: max(len(x.shape) - rank, 0)] for x, rank in known])
+
+
+def _common_prefix(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    equal = [len(set(sizes)) == 1 for sizes in zip(*shapes, strict=False)]
+    length = equal.index(False) if False in equal else len(equal)
+    return shapes[0][:length] if shapes else ()
+
+
+def _known_arrays(node: Any) -> Iterator[tuple[Any, int]]:
+    """The arrays below a node of which it is known what rank they have in one layer."""
+    if is_leaf(node):
+        return
+    for name, rank in {**_declared_ranks(node), **_layer_ranks(node)}.items():
+        leaf = getattr(node, name, None)
+        if is_inexact_shape(leaf):
+            yield leaf, rank
+    for _, child in children(node)[0]:
+        yield from _known_arrays(child)
+
+
+def _layer_ranks(node: Any) -> dict[str, int]:
+    """The ranks of the arrays of the layers of `eqx.nn`."""
+    nn = eqx.nn
+    if isinstance(node, nn.Linear | nn.Embedding):
+        return {"weight": 2}
+    if isinstance(node, nn.Conv | nn.ConvTranspose):
+        return {"weight": node.num_spatial_dims + 2}
+    if isinstance(node, nn.GRUCell | nn.LSTMCell):
+        return {"weight_ih": 2, "weight_hh": 2}
+    if isinstance(node, nn.LayerNorm | nn.RMSNorm):
+        return {"weight": len(node.shape)}
+    if isinstance(node, nn.GroupNorm | nn.BatchNorm):
+        return {"weight": 1}
+    return {}
+
+
+def _declared_ranks(node: Any) -> dict[str, int]:
+    """The ranks that a module's own jaxtyping annotations declare."""
+    fields = dataclasses.fields(node) if dataclasses.is_dataclass(node) else ()
+    ranks = {field.name: _declared_rank(field.type) for field in fields}
+    return {name: rank for name, rank in ranks.items() if rank is not None}
+
+
+def _declared_rank(annotation: Any) -> int | None:
+    """The rank that an annotation such as `Float[Array, "dim"] | None` stands for."""
+    for hint in (annotation, *typing.get_args(annotation)):
+        dims = getattr(hint, "dim_str", None)
+        if isinstance(dims, str) and "*" not in dims and "..." not in dims:
+            return len(dims.split())
+    return None
+
+
+#
+# The report
+#
+
+
+@no_type_check
+def decay_report(model: PyTree[Any], mask: Any) -> str:
+    """Says what a mask decides, path by path, and by which rule.
+
+    **Arguments:**
+
+    - `model`: the model.
+    - `mask`: a filter spec, for example what [`eqx_ademamix.decay_mask`][] returned.
+
+    **Returns:**
+
+    Text for a person to read: a line for each inexact array with its path, shape and
+    the rule of `decay_mask` that gives the mask's value, or "chosen" where the rules by
+    themselves give the opposite (by `predicate`, `exclude`, `include`, or by hand).
+
+    **Raises:**
+
+    - `ValueError` or `TypeError`: if the mask does not fit the model.
+
+    !!! Example
+
+        ```python
+        import equinox as eqx
+        import jax
+        import eqx_ademamix
+
+        model = eqx.nn.MLP(2, 1, width_size=8, depth=1, key=jax.random.key(0))
+        print(eqx_ademamix.decay_report(model, eqx_ademamix.decay_mask(model)))
+        ```
+        ```text
+        Weight decay acts on 2 of 4 arrays, 24 of 33 parameters.
+
+        decayed:
+          .layers[0].weight  (8, 2)  rank 2
+          .layers[1].weight  (1, 8)  rank 2
+
+        not decayed:
+          .layers[0].bias    (8,)    a bias
+          .layers[1].bias    (1,)    a bias
+        ```
+    """
+    arrays = jax.tree.map(lambda x: x if is_inexact_shape(x) else None, model)
+    flags = jtu.tree_leaves(as_bools(mask, arrays, "mask"))
+    places = list(_places(model))
+    rows = [_row(place, flag) for place, flag in zip(places, flags, strict=True)]
+    widths = [max((len(row[i]) for row in rows), default=0) for i in (0, 1)]
+    lines = [f"  {a:<{widths[0]}}  {b:<{widths[1]}}  {c}" for a, b, c in rows]
+
+    def section(wanted: bool) -> list[str]:
+        found = [
+            line for line, flag in zip(lines, flags, strict=True) if flag == wanted
+        ]
+        return found or ["  nothing"]
+
+    sizes = [math.prod(place.leaf.shape) for place in places]
+    decayed = sum(size for size, flag in zip(sizes, flags, strict=True) if flag)
+    summary = (
+        f"Weight decay acts on {sum(flags)} of {len(flags)} arrays, "
+        f"{decayed:,} of {sum(sizes):,} parameters."
+    )
+    groups = ["", "decayed:", *section(True), "", "not decayed:", *section(False)]
+    return "\n".join([summary, *groups])
+
+
+def _row(place: _Place, flag: bool) -> tuple[str, str, str]:
+    by_rule = _by_rule(place, _NORMS)
+    rule = by_rule.rule if by_rule.decayed == flag else f"chosen ({by_rule.rule})"
+    return jtu.keystr(place.path) or "(the tree itself)", str(place.leaf.shape), rule

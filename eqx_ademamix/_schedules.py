@@ -1,0 +1,191 @@
+"""The paper's two schedules, as modules."""
+
+import math
+from typing import Any, TypeAlias
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Real
+
+from ._checks import no_type_check
+from ._hyperparams import HyperParam, decay, finite, hyperparam, non_negative, wide
+
+
+Step: TypeAlias = (
+    int | Real[Array, "*steps"] | Real[np.ndarray, "*steps"] | np.number[Any]
+)
+
+
+class AlphaSchedule(eqx.Module):
+    r"""What [`eqx_ademamix.alpha_scheduler`][] returns: $\alpha$ over the steps."""
+
+    alpha: HyperParam
+    alpha_start: HyperParam
+    warmup: HyperParam
+    offset: HyperParam
+
+    def __call__(self, step: Step) -> Float[Array, "*steps"]:
+        """**Arguments:**
+
+        - `step`: one or more steps: an int, a NumPy or a JAX array of any shape.
+
+        **Returns:**
+
+        $\\alpha$ at these steps, in the default float.
+        """
+        done = _progress(step, self.warmup, self.offset)
+        return (1.0 - done) * self.alpha_start + done * self.alpha
+
+
+class Beta3Schedule(eqx.Module):
+    r"""What [`eqx_ademamix.beta3_scheduler`][] returns: $\beta_3$ over the steps."""
+
+    beta_end: HyperParam
+    beta_start: HyperParam
+    warmup: HyperParam
+    offset: HyperParam
+
+    def __call__(self, step: Step) -> Float[Array, "*steps"]:
+        """**Arguments:**
+
+        - `step`: one or more steps: an int, a NumPy or a JAX array of any shape.
+
+        **Returns:**
+
+        $\\beta_3$ at these steps, in the default float.
+        """
+        done = _progress(step, self.warmup, self.offset)
+        return jnp.where(done < 1.0, jnp.exp(self._log(done)), self.beta_end)
+
+    def complement(self, step: Step) -> Float[Array, "*steps"]:
+        r"""$1 - \beta_3$ at these steps, without the cancellation of computing it so.
+
+        **Arguments:** and **Returns:** as for calling the schedule.
+        """
+        done = _progress(step, self.warmup, self.offset)
+        return jnp.where(done < 1.0, -jnp.expm1(self._log(done)), 1.0 - self.beta_end)
+
+    def _log(self, done: Array) -> Array:
+        start, end = _timescale(self.beta_start), _timescale(self.beta_end)
+        return -1.0 / ((1.0 - done) * start + done * end)
+
+
+def _progress(step: Step, warmup: HyperParam, offset: HyperParam) -> Array:
+    """How much of the warm-up is over, from 0 to 1. Always 1 without a warm-up."""
+    if not isinstance(step, jax.Array):
+        step = jnp.asarray(np.asarray(step, np.float64), float)
+    t = wide(step) + offset
+    share = jnp.maximum(t, 0.0) / jnp.maximum(wide(warmup), 1.0)
+    return jnp.where(t >= warmup, 1.0, share)
+
+
+def _timescale(beta: HyperParam) -> HyperParam:
+    """The steps in which an average with this decay forgets all but 1/e: 1.44
+    half-lives."""
+    if isinstance(beta, float):
+        return -1.0 / math.log(beta) if beta > 0 else 0.0
+    return -1.0 / jnp.log(beta)
+
+
+@no_type_check
+def alpha_scheduler(
+    alpha: Any, alpha_start: Any = 0.0, warmup: Any = 0, offset: Any = 0
+) -> AlphaSchedule:
+    r"""The linear warm-up of $\alpha$ (arXiv:2409.03137, section 3, "schedulers"):
+
+    $$
+    \alpha(t) = (1 - \mu) \, \alpha_\text{start} + \mu \, \alpha,
+    \qquad \mu = \min\left(1, \frac{t + \text{offset}}{\text{warmup}}\right)
+    $$
+
+    Array arguments are leaves of the returned module: traced under `eqx.filter_jit`, so
+    that a new value does not retrace.
+
+    **Arguments:**
+
+    - `alpha`: $\alpha$, the final value, at least 0.
+    - `alpha_start`: $\alpha_\text{start}$, the value at step 0, at least 0.
+    - `warmup`: the number of steps until the final value, usually the number of steps
+        of the run. 0 gives the final value at once.
+    - `offset`: is added to the step. Optimizers call a schedule with the number of
+        steps taken before (0, 1, 2, ...); the paper counts 1, 2, 3, ..., which is
+        `offset=1`.
+
+    **Returns:**
+
+    A module that maps a step (int, NumPy or JAX array, traced or not) to $\alpha$.
+
+    **Raises:**
+
+    - `ValueError`: for values out of range.
+
+    !!! Example
+
+        ```python
+        import eqx_ademamix
+
+        schedule = eqx_ademamix.alpha_scheduler(8.0, warmup=1000)
+        assert schedule(250) == 2.0
+        ```
+    """
+    return AlphaSchedule(
+        alpha=hyperparam("alpha", alpha, non_negative),
+        alpha_start=hyperparam("alpha_start", alpha_start, non_negative),
+        warmup=hyperparam("warmup", warmup, non_negative),
+        offset=hyperparam("offset", offset, finite),
+    )
+
+
+@no_type_check
+def beta3_scheduler(
+    beta_end: Any, beta_start: Any = 0.0, warmup: Any = 0, offset: Any = 0
+) -> Beta3Schedule:
+    r"""The warm-up of $\beta_3$ that is linear in the half-life
+    $\log 0.5 / \log \beta_3$ (arXiv:2409.03137, section 3, "schedulers", and
+    appendix A.1):
+
+    $$
+    \frac{1}{\log \beta_3(t)} = \frac{1 - \mu}{\log \beta_\text{start}}
+    + \frac{\mu}{\log \beta_\text{end}},
+    \qquad \mu = \min\left(1, \frac{t + \text{offset}}{\text{warmup}}\right)
+    $$
+
+    Array arguments are leaves of the returned module: traced under `eqx.filter_jit`, so
+    that a new value does not retrace. Its method `complement` gives
+    $1 - \beta_3(t)$ without cancellation; that is what the optimizer uses.
+
+    **Arguments:**
+
+    - `beta_end`: $\beta_\text{end}$, the final value, in [0, 1).
+    - `beta_start`: $\beta_\text{start}$, the value at step 0, in [0, 1): usually `b1`.
+    - `warmup`: the number of steps until the final value, usually the number of steps
+        of the run. 0 gives the final value at once.
+    - `offset`: is added to the step. Optimizers call a schedule with the number of
+        steps taken before (0, 1, 2, ...); the paper counts 1, 2, 3, ..., which is
+        `offset=1`.
+
+    **Returns:**
+
+    A module that maps a step (int, NumPy or JAX array, traced or not) to $\beta_3$.
+
+    **Raises:**
+
+    - `ValueError`: for values out of range.
+
+    !!! Example
+
+        ```python
+        import eqx_ademamix
+
+        schedule = eqx_ademamix.beta3_scheduler(0.9999, 0.9, warmup=256_000)
+        assert abs(schedule(1000) - 0.9795986695231871) < 2e-7
+        ```
+    """
+    return Beta3Schedule(
+        beta_end=hyperparam("beta_end", beta_end, decay),
+        beta_start=hyperparam("beta_start", beta_start, decay),
+        warmup=hyperparam("warmup", warmup, non_negative),
+        offset=hyperparam("offset", offset, finite),
+    )
