@@ -1,5 +1,6 @@
 """AdEMAMix: the algorithm."""
 
+import functools as ft
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
@@ -18,12 +19,12 @@ from ._checks import (
     check_optimizer,
     check_same_structure,
     check_state_type,
-    describe,
     is_none,
     no_type_check,
 )
 from ._formats import (
     StateFormat,
+    as_format,
     cast,
     check_stored,
     compute_dtype,
@@ -48,8 +49,12 @@ from ._optimizer import AbstractOptimizer
 
 
 FilterSpec: TypeAlias = PyTree[bool] | Callable[[Array], bool]
+# jaxtyping binds the names: trees annotated with "Params" must have one structure, and
+# their leaves, one by one, the same shape.
+# pyright: reportUndefinedVariable=false
 _Arrays: TypeAlias = PyTree[Inexact[Array, "?*leaf"], "Params"]
 _Reals: TypeAlias = PyTree[Float[Array, "?*leaf"], "Params"]
+_Bools: TypeAlias = PyTree[bool, "Params"]
 
 
 @jaxtyped(typechecker=beartype)
@@ -213,18 +218,11 @@ class AdEMAMix(AbstractOptimizer[AdEMAMixState]):
         self.weight_decay = hyperparam("weight_decay", weight_decay, non_negative)
         self.weight_decay_mask = weight_decay_mask
         self.trainable = trainable
-        self.state_format = (
-            StateFormat.float32() if state_format is None else state_format
-        )
+        self.state_format = as_format(state_format)
         if is_zero(self.eps) and is_zero(self.eps_root):
             raise ValueError(
                 "`eps` and `eps_root` are both 0, but one must be positive: a zero "
                 "gradient would give 0/0. The default is `eps=1e-8`."
-            )
-        if not isinstance(self.state_format, StateFormat):
-            raise TypeError(
-                f"`state_format` is {describe(state_format)}, but a `StateFormat` was "
-                "expected, for example `StateFormat.float32()`."
             )
 
     @no_type_check
@@ -277,11 +275,11 @@ class AdEMAMix(AbstractOptimizer[AdEMAMixState]):
 
     @property
     def _has_m1(self) -> bool:
-        return not (isinstance(self.b1, float) and self.b1 == 0)
+        return not (isinstance(self.b1, float) and self.b1 == 0.0)
 
     @property
     def _has_decay(self) -> bool:
-        return not (isinstance(self.weight_decay, float) and self.weight_decay == 0)
+        return not (isinstance(self.weight_decay, float) and self.weight_decay == 0.0)
 
     def _checked(self, grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
         """The trained leaves of gradients and parameters, once all is known to fit."""
@@ -353,16 +351,15 @@ def _step(
     m2: _Arrays,
     nu: _Reals,
     params: _Arrays | None,
-    is_decayed: PyTree[bool, "Params"],
+    is_decayed: _Bools,
     h: _Resolved,
 ) -> tuple[_Arrays, PyTree[None] | _Arrays, _Arrays, _Reals]:
     """The step on whole trees, whose shapes must agree leaf by leaf. Returns the
     updates and the three new moments."""
     if params is None:
         params = jax.tree.map(lambda _: None, grads)
-    out = jax.tree.map(
-        lambda *leaves: _leaf_step(*leaves, h), grads, m1, m2, nu, params, is_decayed
-    )
+    leaf_step = ft.partial(_leaf_step, h)
+    out = jax.tree.map(leaf_step, grads, m1, m2, nu, params, is_decayed)
 
     def part(i: int) -> Any:
         return jax.tree.map(lambda _, leaf: leaf[i], grads, out)
@@ -371,13 +368,13 @@ def _step(
 
 
 def _leaf_step(
+    h: _Resolved,
     g: Array,
     m1: Array | None,
     m2: Array,
     nu: Array,
     p: Array | None,
     is_decayed: bool,
-    h: _Resolved,
 ) -> tuple[Array, Array | None, Array, Array]:
     """The step on one parameter (arXiv:2409.03137, Algorithm 1)."""
     out_dtype = g.dtype if p is None else p.dtype

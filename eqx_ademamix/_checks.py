@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
+from jax.core import Tracer
 
 
 _Fn = TypeVar("_Fn", bound=Callable[..., Any])
@@ -81,7 +82,7 @@ def describe(x: Any) -> str:
     if is_leaf(x) and callable(x):
         return f"the function `{getattr(x, '__name__', type(x).__name__)}`"
     if isinstance(x, dict):
-        keys = ", ".join(repr(key) for key in list(x)[:4])  # pyright: ignore[reportUnknownVariableType]
+        keys = ", ".join(repr(key) for key in list(x)[:4])
         return f"a dict with the keys {keys}{', ...' if len(x) > 4 else ''}"
     if type(x) in (list, tuple):
         return f"a {type(x).__name__} of length {len(x)}"
@@ -163,7 +164,7 @@ def check_counter(name: str, count: Any) -> None:
 
 def check_alive(name: str, tree: Any) -> None:
     for path, leaf in leaves_with_path(tree):
-        concrete = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
+        concrete = isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer)
         if concrete and leaf.is_deleted():
             raise ValueError(
                 f"{name}{jtu.keystr(path)} has been deleted: its buffer was donated to "
@@ -224,7 +225,7 @@ def _check_leaf(where: str, leaf: Any, moment: Any) -> None:
             "moment there. Was `init` called with another model, or with another "
             "`trainable`?"
         )
-    if leaf is None:
+    if leaf is None or moment is None:
         return
     if leaf.shape != moment.shape:
         raise ValueError(

@@ -66,6 +66,18 @@ class StateFormat(eqx.Module):
         return cls(m1=jnp.float32, m2=jnp.float32, nu=jnp.float32)
 
 
+def as_format(value: Any) -> StateFormat:
+    """The format that a caller gave, or the default."""
+    if value is None:
+        return StateFormat.float32()
+    if not isinstance(value, StateFormat):
+        raise TypeError(
+            f"`state_format` is {describe(value)}, but a `StateFormat` was expected, "
+            "for example `StateFormat.float32()`."
+        )
+    return value
+
+
 def _storable(name: str, value: Any) -> np.dtype[Any]:
     try:
         dtype = jnp.dtype(value)
@@ -110,7 +122,7 @@ def _complex(real: np.dtype[Any]) -> np.dtype[Any]:
 
 def compute_dtype(*dtypes: np.dtype[Any]) -> np.dtype[Any]:
     """The real dtype of the arithmetic on arrays of these dtypes: float32 or better."""
-    is_wide = any(dtype in (np.float64, np.complex128) for dtype in dtypes)
+    is_wide = any(dtype.name in ("float64", "complex128") for dtype in dtypes)
     return np.dtype(np.float64 if is_wide else np.float32)
 
 

@@ -1,11 +1,13 @@
 """Hyperparameters: checked where they are concrete, resolved at the counters."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float
 
 from ._checks import describe
@@ -23,7 +25,7 @@ class Domain(NamedTuple):
     text: str
 
 
-finite = Domain(np.isfinite, "a finite number")
+finite = Domain(math.isfinite, "a finite number")
 non_negative = Domain(lambda x: 0 <= x < np.inf, "a finite number >= 0")
 decay = Domain(lambda x: 0 <= x < 1, "a number in [0, 1)")
 
@@ -35,7 +37,7 @@ def wide(x: Any) -> Array:
 
 def is_zero(value: HyperParam) -> bool:
     """Whether a hyperparameter is known to be 0."""
-    return not isinstance(value, jax.core.Tracer) and float(value) == 0
+    return not isinstance(value, Tracer) and float(value) == 0
 
 
 def is_schedule(value: Any) -> bool:
@@ -45,72 +47,31 @@ def is_schedule(value: Any) -> bool:
 def hyperparam(name: str, value: Any, domain: Domain) -> Any:
     """Checks a hyperparameter and makes it a Python float (static under `filter_jit`)
     or a 0-d array of the default float (traced)."""
-    if isinstance(value, (bool, np.bool_)) or not isinstance(
-        value, (int, float, np.integer, np.floating, np.ndarray, jax.Array)
-    ):
-        raise TypeError(
-            f"`{name}` is {describe(value)}, but {domain.text} was expected: a Python "
-            "number or an array of shape ()."
-        )
-    _check_scalar(name, value)
+    _check_real_scalar(name, value, domain.text)
     if domain is decay:
-        check_precision(name, value)
-    if isinstance(value, jax.core.Tracer):
-        return wide(value)
-    number = float(value)  # 64 bits, whatever is enabled
-    out = wide(value) if isinstance(value, (np.ndarray, jax.Array)) else number
-    if not domain.contains(float(np.asarray(number, _default_float(out)))):
-        raise ValueError(f"`{name}` is {number}, but {domain.text} was expected.")
+        _check_precision(name, value)
+    is_array = isinstance(value, (np.ndarray, jax.Array))
+    out = wide(value) if is_array else float(value)
+    if isinstance(value, Tracer):
+        return out
+    # What counts is the value as it will be used: 1 - 1e-9 is 1 in float32.
+    number = float(np.asarray(value, out.dtype) if is_array else out)
+    if not domain.contains(number):
+        raise ValueError(
+            f"`{name}` is {number}, but {domain.text} was expected. Pass a value in "
+            "that range."
+        )
     return out
-
-
-def _default_float(value: Any) -> Any:
-    return getattr(value, "dtype", np.float64)
 
 
 def hyperparam_or_schedule(name: str, value: Any, domain: Domain) -> Any:
     return value if is_schedule(value) else hyperparam(name, value, domain)
 
 
-def _check_scalar(name: str, value: Any) -> None:
-    if jnp.shape(value) != ():
-        raise ValueError(
-            f"`{name}` has shape {jnp.shape(value)}, but a scalar was expected. For a "
-            "sweep, build the optimizer from one value under `eqx.filter_vmap`."
-        )
-    if not (
-        jnp.issubdtype(jnp.result_type(value), jnp.floating)
-        or jnp.issubdtype(jnp.result_type(value), jnp.integer)
-    ):
-        raise TypeError(
-            f"`{name}` has dtype {jnp.result_type(value)}, but a real number was "
-            "expected."
-        )
-
-
-def check_precision(name: str, value: Any) -> None:
-    dtype = getattr(value, "dtype", None)
-    if dtype in (jnp.float16, jnp.bfloat16):
-        raise ValueError(
-            f"`{name}` is {describe(value)}, but a decay needs at least float32: "
-            f"0.9999 rounds to 1 in {dtype}. Pass a Python float or a float32 array "
-            "(in `optax.inject_hyperparams`, set `hyperparam_dtype=jnp.float32`)."
-        )
-
-
 def resolve(name: str, value: Any, count: Array) -> Float[Array, ""]:
     """The value of a hyperparameter at a counter: a 0-d array of the widest float."""
-    if not is_schedule(value):
-        return wide(value)
-    out = value(count)
-    if isinstance(out, bool) or not isinstance(
-        out, (int, float, np.number, np.ndarray, jax.Array)
-    ):
-        raise TypeError(
-            f"the schedule `{name}` returned {describe(out)}, but a real number was "
-            "expected."
-        )
-    _check_scalar(f"{name}(count)", out)
+    out = value(count) if is_schedule(value) else value
+    _check_real_scalar(f"{name}(count)" if is_schedule(value) else name, out)
     return wide(out)
 
 
@@ -122,3 +83,37 @@ def resolve_complement(name: str, value: Any, count: Array) -> Float[Array, ""]:
     if hasattr(value, "complement"):
         return resolve(f"{name}.complement", value.complement, count)
     return 1.0 - resolve(name, value, count)
+
+
+_REAL = (int, float, np.integer, np.floating, np.ndarray, jax.Array)
+
+
+def _check_real_scalar(name: str, value: Any, expected: str = "a real number") -> None:
+    is_bool = isinstance(value, (bool, np.bool_))
+    if is_bool or not isinstance(value, _REAL):
+        raise TypeError(
+            f"`{name}` is {describe(value)}, but {expected} was expected: a Python "
+            "number or an array of shape ()."
+        )
+    if not isinstance(value, (np.ndarray, jax.Array)):
+        return
+    if value.shape != ():
+        raise ValueError(
+            f"`{name}` has shape {value.shape}, but a scalar was expected. For a sweep, "
+            "build and use the optimizer under `eqx.filter_vmap`."
+        )
+    if not any(jnp.issubdtype(value.dtype, kind) for kind in (np.integer, np.floating)):
+        raise TypeError(
+            f"`{name}` has dtype {value.dtype}, but a real number was expected: pass a "
+            "floating-point array."
+        )
+
+
+def _check_precision(name: str, value: Any) -> None:
+    dtype = getattr(value, "dtype", None)
+    if dtype in (jnp.float16, jnp.bfloat16):
+        raise ValueError(
+            f"`{name}` is {describe(value)}, but a decay needs at least float32: "
+            f"0.9999 rounds to 1 in {dtype}. Pass a Python float or a float32 array "
+            "(in `optax.inject_hyperparams`, set `hyperparam_dtype=jnp.float32`)."
+        )
