@@ -55,7 +55,8 @@ def hyperparam(name: str, value: Any, domain: Domain) -> Any:
     if isinstance(value, Tracer):
         return out
     # What counts is the value as it will be used: 1 - 1e-9 is 1 in float32.
-    number = float(np.asarray(value, out.dtype) if is_array else out)
+    used_dtype = jnp.result_type(float) if is_array else np.float64
+    number = float(np.asarray(value, used_dtype))
     if not domain.contains(number):
         raise ValueError(
             f"`{name}` is {number}, but {domain.text} was expected. Pass a value in "
@@ -99,8 +100,8 @@ def _check_real_scalar(name: str, value: Any, expected: str = "a real number") -
         return
     if value.shape != ():
         raise ValueError(
-            f"`{name}` has shape {value.shape}, but a scalar was expected. For a sweep, "
-            "build and use the optimizer under `eqx.filter_vmap`."
+            f"`{name}` has shape {value.shape}, but a scalar was expected. For a "
+            "sweep, build and use the optimizer under `eqx.filter_vmap`."
         )
     if not any(jnp.issubdtype(value.dtype, kind) for kind in (np.integer, np.floating)):
         raise TypeError(
