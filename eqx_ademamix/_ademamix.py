@@ -17,7 +17,6 @@ from ._checks import (
     check_counter,
     check_moments,
     check_optimizer,
-    check_same_structure,
     check_state_type,
     is_none,
     no_type_check,
@@ -43,7 +42,7 @@ from ._hyperparams import (
     resolve,
     resolve_complement,
 )
-from ._masks import as_bools, select
+from ._masks import as_bools, select, with_python_bools
 from ._moments import abs_squared, bias_factor, moving_average, over, times
 from ._optimizer import AbstractOptimizer
 
@@ -216,8 +215,8 @@ class AdEMAMix(AbstractOptimizer[AdEMAMixState]):
         self.eps = hyperparam("eps", eps, non_negative)
         self.eps_root = hyperparam("eps_root", eps_root, non_negative)
         self.weight_decay = hyperparam("weight_decay", weight_decay, non_negative)
-        self.weight_decay_mask = weight_decay_mask
-        self.trainable = trainable
+        self.weight_decay_mask = with_python_bools(weight_decay_mask)
+        self.trainable = with_python_bools(trainable)
         self.state_format = as_format(state_format)
         if is_zero(self.eps) and is_zero(self.eps_root):
             raise ValueError(
@@ -290,17 +289,18 @@ class AdEMAMix(AbstractOptimizer[AdEMAMixState]):
         check_counter("count_m2", state.count_m2)
         check_moments(state.m1, state.m2, state.nu, has_m1=self._has_m1)
         g = as_gradients(grads)
-        check_same_structure("grads", g, "the optimizer state", state.m2)
         if params is None:
             _check_no_decay(self._has_decay)
+            check_against_state("grads", g, state.m2, keep_extra=True)
             p, g = None, select(self.trainable, g, "trainable")
+            check_against_state("grads", g, state.m2)
         else:
             p = select(self.trainable, params, "trainable")
             check_against_state("params", p, state.m2)
+            check_against_state("grads", g, state.m2, keep_extra=True)
             g = jax.tree.map(
                 lambda m, x: None if m is None else x, state.m2, g, is_leaf=is_none
             )
-        check_against_state("grads", g, state.m2)
         check_stored(
             self.state_format,
             state.m1,

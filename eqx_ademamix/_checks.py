@@ -5,8 +5,8 @@ trace time, and a compiled step pays nothing for it.
 """
 
 import typing
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
@@ -73,7 +73,7 @@ def describe(x: Any) -> str:
     if x is None:
         return "None"
     if isinstance(x, (jax.Array, np.ndarray, np.generic)):
-        return f"a {x.dtype} array of shape {x.shape}"
+        return f"{_a(x.dtype.name)} array of shape {x.shape}"
     if isinstance(x, (bool, int, float, complex, str)):
         text = repr(x)
         return (
@@ -86,42 +86,50 @@ def describe(x: Any) -> str:
         return f"a dict with the keys {keys}{', ...' if len(x) > 4 else ''}"
     if type(x) in (list, tuple):
         return f"a {type(x).__name__} of length {len(x)}"
-    name = type(x).__name__
-    return f"{'an' if name[0] in 'AEIOUaeiou' else 'a'} `{name}`"
+    return _a(f"`{type(x).__name__}`")
 
 
-class Mismatch(NamedTuple):
-    """The first place at which two trees differ in structure."""
-
-    path: Path
-    found: str
-    expected: str
+def _a(noun: str) -> str:
+    return f"{'an' if noun.strip('`')[0] in 'AEIOUaeiou' else 'a'} {noun}"
 
 
-def structure_mismatch(found: Any, expected: Any, path: Path = ()) -> Mismatch | None:
-    """Looks for the first place at which two trees differ in structure."""
-    if is_leaf(found) or is_leaf(expected):
-        if is_leaf(found) and is_leaf(expected):
-            return None
-        return Mismatch(path, describe(found), describe(expected))
-    (found_items, found_def), (expected_items, expected_def) = (
-        children(found),
-        children(expected),
+def paired_leaves(tree: Any, reference: Any) -> Iterable[tuple[Path, Any, Any]]:
+    """The leaves of two trees with their paths. Where the trees differ in structure,
+    the outermost nodes that do so stand for what is below them."""
+    if structure(tree) != structure(reference):
+        return _pairs_by_key(tree, reference)
+    pairs = zip(leaves_with_path(tree), leaves_with_path(reference), strict=True)
+    return ((path, a, b) for (path, a), (_, b) in pairs)
+
+
+def _pairs_by_key(
+    tree: Any, reference: Any, path: Path = ()
+) -> Iterator[tuple[Path, Any, Any]]:
+    if is_leaf(tree) or is_leaf(reference) or not _same_keys(tree, reference):
+        yield path, tree, reference
+        return
+    pairs = zip(children(tree)[0], children(reference)[0], strict=True)
+    for (key, a), (_, b) in pairs:
+        yield from _pairs_by_key(a, b, path + key)
+
+
+def _same_keys(a: Any, b: Any) -> bool:
+    keys_a, keys_b = ([key for key, _ in children(node)[0]] for node in (a, b))
+    return type(a) is type(b) and keys_a == keys_b
+
+
+def static_mismatch(tree: Any, reference: Any, path: Path = ()) -> Path | None:
+    """The path of the first nodes that differ in what is no leaf: in static fields."""
+    if is_leaf(tree) or is_leaf(reference):
+        return None
+    (items, treedef), (reference_items, reference_def) = map(
+        children, (tree, reference)
     )
-    if found_def != expected_def:
-        return Mismatch(path, *_describe_nodes(found, expected))
-    for (key, a), (_, b) in zip(found_items, expected_items, strict=True):
-        mismatch = structure_mismatch(a, b, path + key)
-        if mismatch is not None:
-            return mismatch
-    return None
-
-
-def _describe_nodes(found: Any, expected: Any) -> tuple[str, str]:
-    texts = describe(found), describe(expected)
-    if texts[0] == texts[1]:
-        return texts[0], "one with other static fields or children"
-    return texts
+    if treedef != reference_def:
+        return path
+    pairs = zip(items, reference_items, strict=True)
+    found = (static_mismatch(a, b, path + key) for (key, a), (_, b) in pairs)
+    return next((x for x in found if x is not None), None)
 
 
 #
@@ -173,18 +181,6 @@ def check_alive(name: str, tree: Any) -> None:
             )
 
 
-def check_same_structure(name: str, tree: Any, other: str, reference: Any) -> None:
-    """Checks that two trees have the same nodes, wherever their leaves are `None`."""
-    if structure(tree) == structure(reference):
-        return
-    mismatch = structure_mismatch(tree, reference)
-    path, found, expected = mismatch or Mismatch((), "another tree", "its own")
-    raise ValueError(
-        f"{name}{jtu.keystr(path)} is {found}, but {other} has {expected} there. "
-        "Was `init` called with another model?"
-    )
-
-
 def as_gradients(grads: Any) -> Any:
     """The gradients' inexact arrays, with `None` elsewhere. Anything that no gradient
     can be is an error."""
@@ -203,16 +199,30 @@ def _as_gradient(path: Path, leaf: Any) -> Any:
     )
 
 
-def check_against_state(name: str, tree: Any, reference: Any) -> None:
+def check_against_state(
+    name: str, tree: Any, reference: Any, *, keep_extra: bool = False
+) -> None:
     """Checks a tree of arrays leaf by leaf against a tree of the state's moments: an
-    array wherever that has one, of the same shape, complex for complex."""
-    check_same_structure(name, tree, "the optimizer state", reference)
-    pairs = zip(leaves_with_path(tree), leaves_with_path(reference), strict=True)
-    for (path, leaf), (_, moment) in pairs:
-        _check_leaf(f"{name}{jtu.keystr(path)}", leaf, moment)
+    array wherever that has one (and, but for `keep_extra`, nowhere else), of the same
+    shape, complex for complex."""
+    for path, leaf, moment in paired_leaves(tree, reference):
+        if not (keep_extra and moment is None and is_leaf(leaf)):
+            _check_leaf(f"{name}{jtu.keystr(path)}", leaf, moment)
+    path = static_mismatch(tree, reference)
+    if path is not None:
+        raise ValueError(
+            f"{name}{jtu.keystr(path)} has other static fields than the optimizer "
+            "state has there, though their arrays fit together. Was `init` called with "
+            "another model? Make the state with the model that is trained."
+        )
 
 
 def _check_leaf(where: str, leaf: Any, moment: Any) -> None:
+    if not (is_leaf(leaf) and is_leaf(moment)):
+        raise ValueError(
+            f"{where} is {describe(leaf)}, but the optimizer state has "
+            f"{describe(moment)} there. Was `init` called with another model?"
+        )
     if leaf is None and moment is not None:
         raise ValueError(
             f"{where} is None, but the optimizer state has {describe(moment)} there. "
@@ -233,11 +243,11 @@ def _check_leaf(where: str, leaf: Any, moment: Any) -> None:
             f"{moment.shape} there. Was `init` called with another model?"
         )
     if jnp.iscomplexobj(leaf) != jnp.iscomplexobj(moment):
-        kind = {True: "complex", False: "real"}
+        kind = "complex" if jnp.iscomplexobj(moment) else "real"
         raise TypeError(
-            f"{where} has dtype {leaf.dtype}, but the optimizer state is for a "
-            f"{kind[jnp.iscomplexobj(moment)]} parameter there. Was `init` called with "
-            "another model? Take the real part, or make the parameter complex."
+            f"{where} has dtype {leaf.dtype}, but the optimizer state is for a {kind} "
+            "parameter there. Was `init` called with another model? Else take the real "
+            "part, or make the parameter complex."
         )
 
 
@@ -250,23 +260,30 @@ def check_moments(m1: Any, m2: Any, nu: Any, *, has_m1: bool) -> None:
             "stores no `m1`. Was `init` called with another optimizer?"
         )
     _check_moment("m2", m2, "nu", nu)
-    _check_moment("m1", m1, "m2", m2, absent=not has_m1)
+    if has_m1:
+        _check_moment("m1", m1, "m2", m2)
+    elif structure(m1) != structure(m2):
+        raise ValueError(
+            f"state.m1 is {describe(m1)}, but with `b1=0` it has the structure of "
+            "state.m2 with None at every leaf. Pass on the state as `init` of this "
+            "optimizer or the last `update` returned it."
+        )
 
 
-def _check_moment(
-    name: str, tree: Any, other: str, reference: Any, *, absent: bool = False
-) -> None:
-    check_same_structure(f"state.{name}", tree, f"state.{other}", reference)
-    if absent:
-        return
-    pairs = zip(leaves_with_path(tree), leaves_with_path(reference), strict=True)
-    for (path, leaf), (_, moment) in pairs:
-        found, expected = getattr(leaf, "shape", None), getattr(moment, "shape", None)
-        if found != expected:
-            key = jtu.keystr(path)
-            raise ValueError(
-                f"state.{name}{key} is {describe(leaf)}, but state.{other}{key} is "
-                f"{describe(moment)}: the moments of one parameter have one shape. "
-                "Pass on the state as `init` of this optimizer or the last `update` "
-                "returned it."
-            )
+def _check_moment(name: str, tree: Any, other: str, reference: Any) -> None:
+    for path, leaf, moment in paired_leaves(tree, reference):
+        _check_same_shape(name, leaf, other, moment, jtu.keystr(path))
+    path = static_mismatch(tree, reference)
+    if path is not None:
+        _check_same_shape(name, "another node", other, "a node", jtu.keystr(path))
+
+
+def _check_same_shape(name: str, leaf: Any, other: str, moment: Any, key: str) -> None:
+    are_leaves = is_leaf(leaf) and is_leaf(moment)
+    found, expected = (getattr(x, "shape", describe(x)) for x in (leaf, moment))
+    if not are_leaves or found != expected:
+        raise ValueError(
+            f"state.{name}{key} is {describe(leaf)}, but state.{other}{key} is "
+            f"{describe(moment)}: the moments of one parameter have one shape. Pass on "
+            "the state as `init` of this optimizer or the last `update` returned it."
+        )

@@ -135,26 +135,16 @@ def check_stored(
     fmt: StateFormat, m1: Any, m2: Any, nu: Any, like: Any, *, exact: bool
 ) -> None:
     """Checks the dtypes of the moments. `like` holds the parameters if `exact`, else
-    the gradients, which may be narrower than the parameters were."""
+    the gradients, which may be narrower or wider than the parameters are."""
     moments = zip(*map(leaves_with_path, (m1, m2, nu)), strict=True)
     for (path, x), leaves in zip(leaves_with_path(like), moments, strict=True):
         if x is None:
             continue
         found = [getattr(leaf, "dtype", None) for _, leaf in leaves]
-        widest = np.dtype(np.complex128 if jnp.iscomplexobj(x) else np.float64)
-        expected = stored_dtypes(fmt, x.dtype)
-        if exact or not _agree(found, stored_dtypes(fmt, widest)):
-            _check_dtypes(path, found, expected)
-
-
-def _agree(found: list[Any], expected: Dtypes) -> bool:
-    pairs = zip(found, expected, strict=True)
-    return all(dtype is None or dtype == wanted for dtype, wanted in pairs)
-
-
-def _check_dtypes(path: Any, found: list[Any], expected: Dtypes) -> None:
-    for name, dtype, wanted in zip(Dtypes._fields, found, expected, strict=True):
-        if dtype is not None and dtype != wanted:
+        params = [x.dtype] if exact else _precisions(x)
+        differences = [_difference(found, stored_dtypes(fmt, p)) for p in params]
+        if all(differences):
+            name, dtype, wanted = differences[0]
             raise ValueError(
                 f"state.{name}{jtu.keystr(path)} has dtype {dtype}, but {wanted} was "
                 "expected for this parameter and `state_format`. Pass on the state as "
@@ -162,10 +152,23 @@ def _check_dtypes(path: Any, found: list[Any], expected: Dtypes) -> None:
             )
 
 
+def _precisions(x: Array) -> list[np.dtype[Any]]:
+    real = [np.dtype(np.float32), np.dtype(np.float64)]
+    return [_complex(dtype) for dtype in real] if jnp.iscomplexobj(x) else real
+
+
+def _difference(found: list[Any], expected: Dtypes) -> tuple[Any, ...]:
+    """The first moment whose dtype is not the expected one."""
+    for name, dtype, wanted in zip(Dtypes._fields, found, expected, strict=True):
+        if dtype is not None and dtype != wanted:
+            return name, dtype, wanted
+    return ()
+
+
 def encode(value: Array, dtype: np.dtype[Any]) -> Array:
-    """Rounds a moment to what is stored. Beyond float16's range it saturates, since an
-    infinite moment would become a NaN at the next step."""
-    if dtype == np.float16:
+    """Rounds a moment to what is stored. A finite one stays finite: an infinite moment
+    would become a NaN at the next step."""
+    if dtype.itemsize == 2:
         bound = float(jnp.finfo(dtype).max)
-        value = jnp.clip(value, -bound, bound)
+        value = jnp.where(jnp.isfinite(value), jnp.clip(value, -bound, bound), value)
     return value.astype(dtype)

@@ -5,7 +5,7 @@ import math
 import re
 import typing
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import equinox as eqx
 import jax
@@ -21,13 +21,17 @@ from ._checks import (
     is_inexact_shape,
     is_leaf,
     no_type_check,
-    structure_mismatch,
 )
 
 
 #
 # Filter specs
 #
+
+
+def with_python_bools(spec: Any) -> Any:
+    """A filter spec without NumPy bools, which `eqx.filter_jit` would trace."""
+    return jax.tree.map(lambda x: bool(x) if isinstance(x, np.bool_) else x, spec)
 
 
 def select(spec: Any, tree: Any, name: str) -> Any:
@@ -53,25 +57,19 @@ def as_bools(spec: Any, arrays: Any, name: str, path: Path = ()) -> Any:
         return jtu.tree_map_with_path(
             lambda key, x: _as_bool(spec, x, name, path + key), arrays
         )
-    mismatch = None if is_leaf(arrays) else _one_level_mismatch(spec, arrays)
-    if is_leaf(arrays) or mismatch:
+    (specs, spec_def), (subtrees, treedef) = children(spec), children(arrays)
+    if is_leaf(arrays) or spec_def != treedef:
+        found, expected = describe(spec), describe(arrays)
         raise ValueError(
-            f"{name}{jtu.keystr(path)} is {describe(spec)}, but the parameters have "
-            f"{mismatch or describe(arrays)} there. A mask is a bool, a callable on "
-            "one array, or a tree of bools shaped like the model or a prefix of it."
+            f"{name}{jtu.keystr(path)} is {found}, but the parameters have "
+            f"{expected if expected != found else 'one with other fields'} there. A "
+            "mask is a bool, a callable on one array, or a tree of bools shaped like "
+            "the model or a prefix of it."
         )
-    (specs, _), (subtrees, treedef) = children(spec), children(arrays)
     pairs = zip(specs, subtrees, strict=True)
     return treedef.unflatten(
         as_bools(child, sub, name, path + key) for (_, child), (key, sub) in pairs
     )
-
-
-def _one_level_mismatch(spec: Any, arrays: Any) -> str | None:
-    if children(spec)[1] == children(arrays)[1]:
-        return None
-    mismatch = structure_mismatch(spec, arrays)
-    return mismatch.expected if mismatch else describe(arrays)
 
 
 def _as_bool(spec: Any, array: Any, name: str, path: Path) -> bool:
@@ -107,7 +105,9 @@ class _Verdict(NamedTuple):
     rule: str
 
 
-Predicate = Callable[[str, Any], bool | None]
+Predicate: TypeAlias = Callable[[str, Any], bool | None]
+_Pattern: TypeAlias = str | re.Pattern[str]
+_Patterns: TypeAlias = _Pattern | Sequence[_Pattern]
 
 
 @no_type_check
@@ -115,8 +115,8 @@ def decay_mask(
     model: PyTree[Any],
     *,
     predicate: Predicate | None = None,
-    exclude: str | Sequence[str] = (),
-    include: str | Sequence[str] = (),
+    exclude: _Patterns = (),
+    include: _Patterns = (),
     skip_types: type | tuple[type, ...] = _NORMS,
 ) -> PyTree[bool]:
     r"""Chooses the leaves that weight decay acts on.
@@ -179,7 +179,7 @@ def decay_mask(
     return jtu.tree_map_with_path(lambda path, _: flags.get(path, False), model)
 
 
-def _patterns(patterns: str | Sequence[str]) -> tuple[Any, ...]:
+def _patterns(patterns: _Patterns) -> tuple[Any, ...]:
     return (patterns,) if isinstance(patterns, str | re.Pattern) else tuple(patterns)
 
 

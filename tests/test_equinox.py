@@ -1,0 +1,283 @@
+"""Whole Equinox models, hyperparameters as leaves, derivatives, optax's wrappers."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+import optax
+import pytest
+from eqx_ademamix import (
+    AbstractOptimizer,
+    AdEMAMix,
+    AdEMAMixState,
+    alpha_scheduler,
+    beta3_scheduler,
+    decay_mask,
+    hyperparams,
+    init,
+    update,
+)
+
+from .helpers import (
+    assert_trees_close,
+    count_traces,
+    loss_of_arrays,
+    make_mlp,
+    make_zoo,
+    tree_type,
+    x64,
+)
+
+
+def test_the_whole_model(getkey: Any):
+    model = make_zoo(getkey())
+    optim = AdEMAMix(1e-2, weight_decay=0.1, weight_decay_mask=decay_mask(model))
+    state = init(optim, model)
+    trained = jax.tree.map(lambda x: eqx.is_inexact_array(x), model)
+    for tree in (state.m1, state.m2, state.nu):
+        leaves = jtu.tree_leaves(tree, is_leaf=lambda x: x is None)
+        flags = jtu.tree_leaves(trained, is_leaf=lambda x: x is None)
+        assert [x is not None for x in leaves] == [bool(x) for x in flags]
+    assert jtu.tree_leaves(state.m2.shared.pytree[1]) == []  # shared with the first
+
+    before = loss_of_arrays(model)
+    for _ in range(3):
+        grads = eqx.filter_grad(loss_of_arrays)(model)
+        updates, state = eqx.filter_jit(update)(optim, grads, state, model)
+        new = eqx.apply_updates(model, updates)
+        assert tree_type(new) == tree_type(model)
+        assert new.function is model.function and new.flags == model.flags
+        model = new
+    assert loss_of_arrays(model) < before
+
+
+def test_methods_and_functions_are_the_same():
+    model, optim = make_mlp(), AdEMAMix(1e-2)
+    grads = eqx.filter_grad(loss_of_arrays)(model)
+    a = update(optim, grads, init(optim, model), model)
+    b = optim.update(grads, optim.init(model), model)
+    assert_trees_close(a, b, 0.0)
+    assert isinstance(optim, AbstractOptimizer) and isinstance(a[1], AdEMAMixState)
+
+
+@pytest.mark.parametrize("dtype", (jnp.float16, jnp.bfloat16))
+def test_no_parameter_changes_its_dtype(dtype: Any):
+    model = jax.tree.map(
+        lambda x: x.astype(dtype) if eqx.is_inexact_array(x) else x, make_mlp()
+    )
+    optim = AdEMAMix(1e-2, weight_decay=0.1)
+    grads = jax.tree.map(
+        lambda x: x.astype(jnp.float32), eqx.filter_grad(loss_of_arrays)(model)
+    )
+    updates, _ = update(optim, grads, init(optim, model), model)
+    assert tree_type(eqx.apply_updates(model, updates)) == tree_type(model)
+
+
+def test_numpy_arrays():
+    params = {"w": np.ones((2, 3), np.float32), "b": np.zeros(3, np.float32)}
+    optim = AdEMAMix(1e-2, weight_decay=0.1)
+    state = optim.init(params)
+    updates, state = optim.update(params, state, params)
+    expected, _ = optim.update(
+        *jax.tree.map(jnp.asarray, (params, optim.init(params), params))
+    )
+    assert_trees_close(updates, expected, 0.0)
+
+
+def test_float0_gradients_are_ignored():
+    params = {"w": jnp.ones(3), "n": jnp.asarray(2)}
+    grads = jax.grad(lambda p: jnp.sum(p["w"] ** 2), allow_int=True)(params)
+    assert grads["n"].dtype == jax.dtypes.float0
+    optim = AdEMAMix(1e-2)
+    updates, _ = optim.update(grads, optim.init(params), params)
+    assert updates["n"] is None and updates["w"].shape == (3,)
+
+
+def test_trees_without_leaves():
+    for empty in ({}, (), {"a": None}, optax.MaskedNode()):
+        optim = AdEMAMix(1e-2, weight_decay=0.1)
+        state = optim.init(empty)
+        updates, state = optim.update(empty, state, empty)
+        assert state.count == 1 and jtu.tree_leaves(updates) == []
+
+
+#
+# Hyperparameters as leaves
+#
+
+
+def test_new_arrays_do_not_retrace():
+    model = make_mlp()
+    grads = eqx.filter_grad(loss_of_arrays)(model)
+
+    def one(optim: Any, state: Any) -> Any:
+        return update(optim, grads, state, model)
+
+    counted, traces = count_traces(one)
+    step = eqx.filter_jit(counted)
+    weak = jax.jit(lambda: jnp.asarray(0.5) * 4)()
+    rates = (
+        jnp.asarray(0.1),  # weak
+        jnp.asarray(0.2, jnp.float32),
+        np.asarray(0.3, np.float64),
+        jnp.asarray(0.4, jnp.bfloat16),
+        jnp.asarray(1),
+        weak,
+    )
+    sizes = []
+    for rate in rates:
+        optim = AdEMAMix(rate, b1=jnp.asarray(0.9), weight_decay=np.asarray(0.0))
+        assert isinstance(optim.learning_rate, jax.Array)
+        assert optim.learning_rate.dtype == jnp.float32
+        assert not optim.learning_rate.weak_type
+        updates, _ = step(optim, init(optim, model))
+        sizes.append(float(jnp.max(jnp.abs(updates.layers[0].weight))))
+    assert len(traces) == 1
+    assert np.all(np.diff(sizes) > 0)
+
+
+def test_a_schedule_with_arrays_does_not_retrace():
+    model = make_mlp()
+    grads = eqx.filter_grad(loss_of_arrays)(model)
+    counted, traces = count_traces(
+        lambda optim, state: update(optim, grads, state, model)
+    )
+    step = eqx.filter_jit(counted)
+    for end in (0.99, 0.999, 0.9999):
+        optim = AdEMAMix(
+            1e-3,
+            b3=beta3_scheduler(jnp.asarray(end), 0.9, warmup=jnp.asarray(10)),
+            alpha=alpha_scheduler(jnp.asarray(10 * end), warmup=jnp.asarray(10)),
+        )
+        step(optim, init(optim, model))
+    assert len(traces) == 1
+
+
+def test_python_floats_are_static():
+    optim = AdEMAMix(1, b1=np.float32(0.5), alpha=np.int64(3))
+    for value in (optim.learning_rate, optim.b1, optim.alpha):
+        assert type(value) is float
+    dynamic, _ = eqx.partition(optim, eqx.is_array)
+    assert jtu.tree_leaves(dynamic) == []
+
+
+def test_derivative_to_the_learning_rate():
+    with x64():
+        params = {"w": jnp.asarray([0.3, -0.7]), "b": jnp.asarray(0.1)}
+
+        def final_loss(rate: Any) -> Any:
+            optim = AdEMAMix(rate, eps_root=1e-6, weight_decay=0.1, b3=0.99)
+            p, state = params, optim.init(params)
+            for _ in range(5):
+                grads = jax.grad(loss_of_arrays)(p)
+                updates, state = optim.update(grads, state, p)
+                p = eqx.apply_updates(p, updates)
+            return loss_of_arrays(p)
+
+        rate, h = jnp.asarray(0.05), 1e-5
+        for grad in (jax.grad(final_loss), jax.jit(jax.grad(final_loss))):
+            derivative = grad(rate)
+            difference = (final_loss(rate + h) - final_loss(rate - h)) / (2 * h)
+            assert np.isfinite(derivative)
+            np.testing.assert_allclose(derivative, difference, rtol=1e-6)
+
+
+def test_derivative_at_a_zero_gradient_is_finite():
+    def size(rate: Any) -> Any:
+        optim = AdEMAMix(rate, eps_root=1e-8)
+        zeros = jnp.zeros(3)
+        return jnp.sum(optim.update(zeros, optim.init(zeros))[0])
+
+    assert jax.grad(size)(jnp.asarray(0.1)) == 0.0
+    by_grads = jax.grad(
+        lambda g: jnp.sum(
+            AdEMAMix(0.1, eps_root=1e-8).update(g, AdEMAMix(0.1).init(g))[0]
+        )
+    )
+    assert np.all(np.isfinite(by_grads(jnp.zeros(3))))
+
+
+def test_hyperparams():
+    optim = AdEMAMix(
+        lambda count: 0.1 * (count.astype(float) + 1),
+        b1=0.5,
+        b3=beta3_scheduler(0.999, 0.9, warmup=100),
+        alpha=alpha_scheduler(8.0, warmup=4),
+        weight_decay=jnp.asarray(0.1),
+    )
+    params = jnp.ones(3)
+    state = optim.init(params)
+    for i in range(3):
+        for read in (hyperparams, eqx.filter_jit(hyperparams)):
+            now = read(optim, state)
+            assert all(
+                x.shape == () and x.dtype == jnp.float32 and not x.weak_type
+                for x in jtu.tree_leaves(now)
+            )
+            np.testing.assert_allclose(now.learning_rate, 0.1 * (i + 1), rtol=1e-6)
+            assert (now.b1, now.b2) == (0.5, np.float32(0.999))
+            assert now.b3 == optim.b3(i) and now.alpha == 2.0 * i
+            assert now.weight_decay == np.float32(0.1)
+            assert len(jtu.tree_leaves(now)) == 6
+        _, state = optim.update(params, state, params)
+
+
+#
+# Inside optax
+#
+
+
+@pytest.mark.parametrize(
+    "make",
+    (
+        lambda optim: optax.chain(optax.clip_by_global_norm(1.0), optim),
+        lambda optim: optax.MultiSteps(optim, every_k_schedule=2),
+        lambda optim: optax.apply_if_finite(optim, max_consecutive_errors=3),
+        lambda optim: optax.chain(optim, optax.scale(0.5)),
+    ),
+    ids=("chain", "MultiSteps", "apply_if_finite", "chain before scale"),
+)
+def test_stands_where_optax_takes_an_optimizer(make: Any):
+    model = make_mlp()
+    schedules = dict(
+        b3=beta3_scheduler(0.99, 0.9, warmup=10), alpha=alpha_scheduler(5.0, warmup=10)
+    )
+    optim = make(
+        AdEMAMix(
+            3e-2, weight_decay=0.1, weight_decay_mask=decay_mask(model), **schedules
+        )
+    )
+    x = jax.random.normal(jax.random.key(1), (16, 3))
+
+    def loss(model: Any) -> Any:
+        return jnp.mean((jax.vmap(model)(x) - x[:, :2]) ** 2)
+
+    def one(model: Any, state: Any) -> Any:
+        value, grads = eqx.filter_value_and_grad(loss)(model)
+        params = eqx.filter(model, eqx.is_inexact_array)
+        updates, state = optim.update(grads, state, params)
+        return eqx.apply_updates(model, updates), state, value
+
+    counted, traces = count_traces(one)
+    step = eqx.filter_jit(counted)
+    with jax.numpy_dtype_promotion("standard"):
+        state = optim.init(eqx.filter(model, eqx.is_inexact_array))
+        kind, losses = tree_type(state), []
+        for _ in range(60):
+            model, state, value = step(model, state)
+            losses.append(float(value))
+    assert tree_type(state) == kind and len(traces) == 1
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_a_nan_gradient_changes_nothing_under_apply_if_finite():
+    params, optim = jnp.ones(3), optax.apply_if_finite(AdEMAMix(1e-2), 3)
+    with jax.numpy_dtype_promotion("standard"):
+        state = optim.init(params)
+        updates, state = optim.update(jnp.asarray([1.0, jnp.nan, 0.0]), state, params)
+        assert jnp.all(updates == 0) and state.inner_state.count == 0
+        updates, state = optim.update(jnp.ones(3), state, params)
+        assert jnp.all(updates < 0) and state.inner_state.count == 1

@@ -1,0 +1,288 @@
+"""What bad input gets: one short sentence that names the place."""
+
+from typing import Any
+
+import equinox as eqx
+import eqx_ademamix
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+import optax
+import pytest
+from eqx_ademamix import (
+    AdEMAMix,
+    AdEMAMixState,
+    StateFormat,
+    decay_mask,
+    hyperparams,
+    init,
+    update,
+)
+
+from .helpers import loss_of_arrays, make_mlp
+
+
+MODEL = make_mlp()
+GRADS = eqx.filter_grad(loss_of_arrays)(MODEL)
+OPTIM = AdEMAMix(1e-3)
+STATE = init(OPTIM, MODEL)
+DECAYING = AdEMAMix(1e-3, weight_decay=0.1, weight_decay_mask=decay_mask(MODEL))
+SWAPPED = eqx.nn.MLP(3, 2, 5, 2, key=jax.random.key(1))  # another width
+DEEPER = eqx.nn.MLP(3, 2, 4, 3, key=jax.random.key(1))
+
+W0 = lambda tree: tree.layers[0].weight
+B2 = lambda tree: tree.layers[2].bias
+is_none = lambda x: x is None
+
+
+def put(tree: Any, where: Any, value: Any) -> Any:
+    return eqx.tree_at(where, tree, value, is_leaf=is_none)
+
+
+def grads(where: Any, value: Any) -> Any:
+    return lambda: update(OPTIM, put(GRADS, where, value), STATE, MODEL)
+
+
+def state(where: Any, value: Any) -> Any:
+    return lambda: update(OPTIM, GRADS, put(STATE, where, value), MODEL)
+
+
+def params(value: Any) -> Any:
+    return lambda: update(OPTIM, GRADS, STATE, value)
+
+
+def make(*args: Any, **kwargs: Any) -> Any:
+    return lambda: AdEMAMix(*args, **kwargs)
+
+
+def masked(mask: Any, params: Any = MODEL) -> Any:
+    return lambda: init(AdEMAMix(1e-3, weight_decay_mask=mask), params)
+
+
+def frozen(spec: Any) -> Any:
+    return lambda: init(AdEMAMix(1e-3, trainable=spec), MODEL)
+
+
+def scheduled(name: str, schedule: Any) -> Any:
+    optim = AdEMAMix(**{"learning_rate": 1e-3, name: schedule})
+    return lambda: update(optim, GRADS, STATE, MODEL)
+
+
+def donated() -> None:
+    step = jax.jit(lambda s: OPTIM.update(GRADS, s, MODEL)[1], donate_argnums=0)
+    old = init(OPTIM, MODEL)
+    step(old)
+    update(OPTIM, GRADS, old, MODEL)
+
+
+def donated_params() -> None:
+    model = jax.tree.map(lambda x: x + 0, eqx.filter(MODEL, eqx.is_inexact_array))
+    for x in jtu.tree_leaves(model):
+        x.delete()
+    update(OPTIM, GRADS, STATE, model)
+
+
+BF16 = jnp.asarray(0.9, jnp.bfloat16)
+SHAPE = r"has shape \({}\), but the optimizer state has \({}\) there. Was `init` called"
+
+# (id, what a user does, what they read)
+CASES = (
+    # gradients
+    ("shape", grads(W0, jnp.ones((4, 2))), r"grads\.layers\[0\]\.weight " + SHAPE.format("4, 2", "4, 3")),
+    ("broadcasts", grads(W0, jnp.ones((4, 1))), r"grads\.layers\[0\]\.weight " + SHAPE.format("4, 1", "4, 3")),
+    ("too many axes", grads(B2, jnp.ones((1, 2))), r"grads\.layers\[2\]\.bias " + SHAPE.format("1, 2", "2,")),
+    ("scalar", grads(B2, jnp.asarray(1.0)), r"grads\.layers\[2\]\.bias " + SHAPE.format("", "2,")),
+    ("a Python scalar", grads(B2, 1.0), r"grads\.layers\[2\]\.bias is the float 1.0, but a gradient is an array"),
+    ("structure", lambda: update(OPTIM, {"w": jnp.ones(3)}, STATE, MODEL), r"grads is a dict with the keys 'w', but the optimizer state has a `MLP` there"),
+    ("deeper structure", lambda: update(OPTIM, put(GRADS, lambda m: m.layers[1], [jnp.ones(3)]), STATE), r"grads\.layers\[1\] is a list of length 1, but the optimizer state has a `Linear` there"),
+    ("gradients of a deeper model", lambda: update(OPTIM, eqx.filter_grad(loss_of_arrays)(DEEPER), STATE), r"grads\.layers is a tuple of length 4, but the optimizer state has a tuple of length 3 there"),
+    ("None", grads(W0, None), r"grads\.layers\[0\]\.weight is None, but the optimizer state has a float32 array of shape \(4, 3\) there"),
+    ("a whole layer None", grads(lambda m: m.layers[0], None), r"grads\.layers\[0\] is None, but the optimizer state has a `Linear` there"),
+    ("no gradients", lambda: update(OPTIM, None, STATE, MODEL), "grads is None, but the optimizer state has a `MLP` there"),
+    ("integers", grads(W0, jnp.ones((4, 3), int)), r"grads\.layers\[0\]\.weight is an int32 array of shape \(4, 3\), but a gradient is"),
+    ("complex", grads(W0, jnp.ones((4, 3), complex)), r"grads\.layers\[0\]\.weight has dtype complex64, but the optimizer state is for a real parameter"),
+    ("real", lambda: OPTIM.update(jnp.ones(2), OPTIM.init(jnp.ones(2, complex))), "grads has dtype float32, but the optimizer state is for a complex parameter"),
+    ("the model", lambda: update(OPTIM, MODEL, STATE, MODEL), r"grads\.activation is the function `relu`, but a gradient is an array .* Was the model passed as the gradients"),
+    ("the model, jitted", lambda: eqx.filter_jit(update)(OPTIM, MODEL, STATE, MODEL), r"grads\.activation is the function `relu`"),
+    ("swapped", lambda: update(OPTIM, STATE, GRADS, MODEL), "`grads` is an `AdEMAMixState`: were `grads` and `state` swapped"),
+    ("optimizer last", lambda: update(GRADS, STATE, OPTIM), "`optim` is a `MLP`, but an optimizer of this package"),
+    ("optax's optimizer", lambda: init(optax.adam(1e-3), MODEL), "`optim` is a `GradientTransformation"),
+    ("model first", lambda: init(MODEL, OPTIM), "`optim` is a `MLP`, but an optimizer of this package was expected. The order of arguments is"),
+    # the state
+    ("of another model", lambda: update(OPTIM, GRADS, init(OPTIM, SWAPPED), MODEL), r"params\.layers\[0\]\.weight " + SHAPE.format("4, 3", "5, 3")),
+    ("of another model, no params", lambda: update(OPTIM, GRADS, init(OPTIM, SWAPPED)), r"grads\.layers\[0\]\.weight " + SHAPE.format("4, 3", "5, 3")),
+    ("of another class", lambda: update(OPTIM, GRADS, optax.adam(1e-3).init(GRADS), MODEL), "`state` is a tuple of length 2, but an `AdEMAMixState` was expected"),
+    ("no state", lambda: update(OPTIM, GRADS, None, MODEL), "`state` is None, but an `AdEMAMixState` was expected"),
+    ("of b1=0", lambda: update(OPTIM, GRADS, init(AdEMAMix(1, b1=0), MODEL), MODEL), r"state\.m1\.layers\[0\]\.weight is None, but state\.m2\.layers\[0\]\.weight is a float32 array"),
+    ("for b1=0", lambda: update(AdEMAMix(1, b1=0), GRADS, STATE, MODEL), r"state\.m1\.layers\[0\]\.weight holds a moment, but an optimizer with `b1=0` stores no `m1`"),
+    ("of another format", lambda: update(AdEMAMix(1, state_format=StateFormat(jnp.bfloat16, jnp.float32, jnp.float32)), GRADS, STATE, MODEL), r"state\.m1\.layers\[0\]\.weight has dtype float32, but bfloat16 was expected for this parameter and `state_format`"),
+    ("m1 of another shape", state(lambda s: W0(s.m1), jnp.ones((4, 1))), r"state\.m1\.layers\[0\]\.weight is a float32 array of shape \(4, 1\), but state\.m2\.layers\[0\]\.weight is a float32 array of shape \(4, 3\)"),
+    ("m2 of another shape", state(lambda s: W0(s.m2), jnp.ones(())), r"state\.m2\.layers\[0\]\.weight is a float32 array of shape \(\), but state\.nu\.layers"),
+    ("nu of another shape", state(lambda s: B2(s.nu), jnp.ones((2, 2))), r"state\.m2\.layers\[2\]\.bias is a float32 array of shape \(2,\), but state\.nu\.layers\[2\]\.bias is a float32 array of shape \(2, 2\)"),
+    ("m1 of another dtype", state(lambda s: W0(s.m1), jnp.ones((4, 3), jnp.bfloat16)), r"state\.m1\.layers\[0\]\.weight has dtype bfloat16, but float32 was expected"),
+    ("m2 of another dtype", state(lambda s: B2(s.m2), jnp.ones(2, jnp.float16)), r"state\.m2\.layers\[2\]\.bias has dtype float16, but float32 was expected"),
+    ("nu of another dtype", state(lambda s: B2(s.nu), jnp.ones(2, int)), r"state\.nu\.layers\[2\]\.bias has dtype int32, but float32 was expected"),
+    ("nu complex", state(lambda s: B2(s.nu), jnp.ones(2, complex)), r"state\.nu\.layers\[2\]\.bias has dtype complex64, but float32 was expected"),
+    ("m2 None", state(lambda s: B2(s.m2), None), r"state\.m2\.layers\[2\]\.bias is None, but state\.nu\.layers\[2\]\.bias is a float32 array"),
+    ("m2 a function", state(lambda s: B2(s.m2), jnp.tanh), r"state\.m2\.layers\[2\]\.bias is the function `tanh`, but state\.nu"),
+    ("m1 of another structure", state(lambda s: s.m1, [jnp.ones(2)]), r"state\.m1 is a list of length 1, but state\.m2 is a `MLP`: the moments of one"),
+    ("count a float", state(lambda s: s.count, jnp.asarray(1.0)), r"state\.count is a float32 array of shape \(\), but an int32 array of shape \(\) was expected"),
+    ("batched", lambda: update(OPTIM, GRADS, eqx.filter_vmap(lambda _: init(OPTIM, MODEL))(jnp.ones(2)), MODEL), r"state\.count is an int32 array of shape \(2,\), .* `eqx.filter_vmap\(update\)`"),
+    ("donated", donated, r"state\.count has been deleted: its buffer was donated"),
+    ("donated parameters", donated_params, r"params\.layers\[0\]\.weight has been deleted"),
+    ("hyperparams of no state", lambda: hyperparams(OPTIM, MODEL), "`state` is a `MLP`, but an `AdEMAMixState`"),
+    # parameters
+    ("of another model", params(SWAPPED), r"params\.layers\[0\]\.weight " + SHAPE.format("5, 3", "4, 3")),
+    ("of another structure", params([jnp.ones(3)]), "params is a list of length 1, but the optimizer state has a `MLP` there"),
+    ("lost a leaf", params(put(MODEL, W0, None)), r"params\.layers\[0\]\.weight is None, but the optimizer state has a float32 array"),
+    ("missing", lambda: update(DECAYING, GRADS, init(DECAYING, MODEL)), "`params` is missing, but `weight_decay` is on"),
+    ("missing for an array", lambda: update(AdEMAMix(1, weight_decay=jnp.asarray(0.0)), GRADS, STATE), "`params` is missing, but `weight_decay` is on"),
+    ("nothing inexact", lambda: init(OPTIM, {"n": 3, "f": jnp.tanh, "i": jnp.ones(2, int)}), "`params` has 3 leaves, but none of them is a floating-point or complex array"),
+    ("Python floats", lambda: init(OPTIM, 1.0), "`params` has 1 leaves, but none of them is"),
+    # masks
+    ("wrong structure", masked([True, False]), "weight_decay_mask is a list of length 2, but the parameters have a `MLP` there. A mask is a bool"),
+    ("too deep", masked({"w": {"x": True}}, {"w": jnp.ones(2)}), r"weight_decay_mask\['w'\] is a dict with the keys 'x', but the parameters have a float32 array of shape \(2,\) there"),
+    ("wrong inside", masked(put(decay_mask(MODEL), lambda m: m.layers[0], (True,))), r"weight_decay_mask\.layers\[0\] is a tuple of length 1, but the parameters have a `Linear` there"),
+    ("None", masked(None), r"weight_decay_mask\.layers\[0\]\.weight is None, but a bool was expected"),
+    ("a None leaf", masked(put(decay_mask(MODEL), W0, None)), r"weight_decay_mask\.layers\[0\]\.weight is None, but a bool was expected"),
+    ("no bool", masked(put(decay_mask(MODEL), W0, 1)), r"weight_decay_mask\.layers\[0\]\.weight is the int 1, but a bool was expected"),
+    ("the model", masked(MODEL), r"weight_decay_mask\.layers\[0\]\.weight is a float32 array of shape \(4, 3\), but a bool was expected"),
+    ("callable without bool", masked(lambda x: x), r"weight_decay_mask\.layers\[0\]\.weight is a float32 array of shape \(4, 3\), but a bool"),
+    ("wrong structure in update", lambda: update(AdEMAMix(1, weight_decay=0.1, weight_decay_mask=[True]), GRADS, STATE, MODEL), "weight_decay_mask is a list of length 1"),
+    ("nothing trained", frozen(False), "`trainable` selects none of the arrays of `params`"),
+    ("nothing trained by callable", frozen(lambda x: x.ndim > 5), "`trainable` selects none of the arrays of `params`"),
+    ("trainable of wrong structure", frozen({"w": True}), "trainable is a dict with the keys 'w', but the parameters have a `MLP` there"),
+    ("trainable no bool", frozen("all"), r"trainable\.layers\[0\]\.weight is the str 'all', but a bool was expected"),
+    ("unfrozen since", lambda: update(OPTIM, GRADS, init(AdEMAMix(1, trainable=lambda x: x.ndim > 1), MODEL)), r"grads\.layers\[0\]\.bias is trained \(a float32 array of shape \(4,\)\), but the optimizer state has no moment there"),
+    ("unfrozen since, params", lambda: update(OPTIM, GRADS, init(AdEMAMix(1, trainable=lambda x: x.ndim > 1), MODEL), MODEL), r"params\.layers\[0\]\.bias is trained"),
+    ("frozen since", lambda: update(AdEMAMix(1, trainable=lambda x: x.ndim > 1), GRADS, STATE, MODEL), r"params\.layers\[0\]\.bias is None, .* has `trainable` changed since `init`"),
+    # hyperparameters
+    ("b1 of 1", make(1e-3, b1=1.0), r"`b1` is 1.0, but a number in \[0, 1\) was expected"),
+    ("b2 negative", make(1e-3, b2=-0.1), r"`b2` is -0.1, but a number in \[0, 1\)"),
+    ("b3 over 1", make(1e-3, b3=jnp.asarray(1.5)), r"`b3` is 1.5, but a number in \[0, 1\)"),
+    ("b3 rounds to 1", make(1e-3, b3=np.asarray(1 - 1e-9)), r"`b3` is 1.0, but a number in \[0, 1\)"),
+    ("alpha negative", make(1e-3, alpha=-1), "`alpha` is -1.0, but a finite number >= 0"),
+    ("alpha infinite", make(1e-3, alpha=float("inf")), "`alpha` is inf, but a finite number >= 0"),
+    ("learning rate NaN", make(float("nan")), "`learning_rate` is nan, but a finite number was expected"),
+    ("learning rate infinite", make(jnp.asarray(jnp.inf)), "`learning_rate` is inf, but a finite number"),
+    ("eps negative", make(1e-3, eps=-1e-8), "`eps` is -1e-08, but a finite number >= 0"),
+    ("eps_root NaN", make(1e-3, eps_root=np.nan), "`eps_root` is nan"),
+    ("both eps 0", make(1e-3, eps=0), "`eps` and `eps_root` are both 0, but one must be positive"),
+    ("weight decay negative", make(1e-3, weight_decay=-0.1), "`weight_decay` is -0.1"),
+    ("not scalar", make(jnp.ones(16)), r"`learning_rate` has shape \(16,\), but a scalar was expected. For a sweep, .*`eqx.filter_vmap`"),
+    ("not scalar b1", make(1e-3, b1=np.ones((1,)) / 2), r"`b1` has shape \(1,\), but a scalar"),
+    ("a string", make("1e-3"), "`learning_rate` is the str '1e-3', but a finite number was expected"),
+    ("None", make(1e-3, b2=None), "`b2` is None, but a number"),
+    ("a bool", make(1e-3, alpha=True), "`alpha` is the bool True"),
+    ("complex", make(1e-3, alpha=jnp.asarray(1j)), "`alpha` has dtype complex64, but a real number"),
+    ("a schedule for b1", make(1e-3, b1=lambda count: 0.9), "`b1` is the function `<lambda>`, but a number"),
+    ("16-bit b1", make(1e-3, b1=BF16), "`b1` is a bfloat16 array of shape .*hyperparam_dtype=jnp.float32"),
+    ("16-bit b2", make(1e-3, b2=np.float16(0.9)), "`b2` is a float16 array of shape .*0.9999 rounds to 1 in float16"),
+    ("16-bit b3", make(1e-3, b3=BF16), "`b3` is a bfloat16 array"),
+    ("format", make(1e-3, state_format=jnp.float32), "`state_format` is .*, but a `StateFormat` was expected"),
+    ("format of integers", lambda: StateFormat(jnp.int8, jnp.float32, jnp.float32), r"`StateFormat\(m1=...\)` is .*, but one of the dtypes float16, bfloat16"),
+    ("format of nothing", lambda: StateFormat(None, None, None), r"`StateFormat\(m1=...\)` is None"),
+    ("format of float64", lambda: StateFormat(jnp.float32, jnp.float64, jnp.float32), "is float64, but JAX has 64-bit types disabled"),
+    # schedules
+    ("alpha of shape (3,)", scheduled("alpha", lambda count: jnp.ones(3)), r"`alpha\(count\)` has shape \(3,\), but a scalar was expected"),
+    ("learning rate None", scheduled("learning_rate", lambda count: None), r"`learning_rate\(count\)` is None, but a real number was expected"),
+    ("b3 complex", scheduled("b3", lambda count: jnp.asarray(1j)), r"`b3\(count\)` has dtype complex64"),
+    ("learning rate batched since", lambda: update(eqx.tree_at(lambda o: o.alpha, OPTIM, jnp.ones(4)), GRADS, STATE), r"`alpha` has shape \(4,\), but a scalar"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "call,text", [case[1:] for case in CASES], ids=[case[0] for case in CASES]
+)
+def test_one_sentence(call: Any, text: str):
+    with pytest.raises((ValueError, TypeError), match=text) as info:
+        call()
+    message = str(info.value)
+    assert len(message) < 600
+    assert "jaxtyp" not in message.lower() and "beartype" not in message.lower()
+
+
+JITTED = (
+    ("shape", lambda g, s, p: (put(g, W0, jnp.ones((4, 1))), s, p), r"grads\.layers\[0\]\.weight has shape \(4, 1\)"),
+    ("None", lambda g, s, p: (put(g, W0, None), s, p), r"grads\.layers\[0\]\.weight is None"),
+    ("integers", lambda g, s, p: (put(g, W0, jnp.ones((4, 3), int)), s, p), r"grads\.layers\[0\]\.weight is an int32"),
+    ("swapped", lambda g, s, p: (s, g, p), "were `grads` and `state` swapped"),
+    ("state dtype", lambda g, s, p: (g, put(s, lambda s: W0(s.m2), jnp.ones((4, 3), jnp.bfloat16)), p), r"state\.m2\.layers\[0\]\.weight has dtype bfloat16"),
+    ("state shape", lambda g, s, p: (g, put(s, lambda s: W0(s.nu), jnp.ones((3,))), p), r"state\.nu\.layers\[0\]\.weight is a float32 array of shape \(3,\)"),
+    ("no params", lambda g, s, p: (g, s, None), "`params` is missing"),
+    ("other params", lambda g, s, p: (g, s, SWAPPED), r"params\.layers\[0\]\.weight has shape \(5, 3\)"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "edit,text", [case[1:] for case in JITTED], ids=[case[0] for case in JITTED]
+)
+def test_one_sentence_under_jit(edit: Any, text: str):
+    args = edit(GRADS, init(DECAYING, MODEL), MODEL)
+    with pytest.raises((ValueError, TypeError), match=text):
+        eqx.filter_jit(update)(DECAYING, *args)
+
+
+def test_a_mask_as_an_argument_of_plain_jit():
+    mask = {"w": True}
+    update = jax.jit(
+        lambda mask, g: AdEMAMix(1e-3, weight_decay=0.1, weight_decay_mask=mask).update(
+            g, OPTIM.init(g), g
+        )
+    )
+    with pytest.raises(TypeError, match=r"weight_decay_mask\['w'\].*`eqx.filter_jit`"):
+        update(mask, {"w": jnp.ones(2)})
+
+
+def test_traced_hyperparameters_are_left_alone():
+    @jax.jit
+    def step(b1: Any, alpha: Any, eps: Any) -> Any:
+        optim = AdEMAMix(1e-3, b1=b1, alpha=alpha, eps=eps)
+        return optim.update(jnp.ones(2), optim.init(jnp.ones(2)))[0]
+
+    assert step(0.9, -1.0, 0.0).shape == (2,)
+
+
+@pytest.mark.parametrize("rate", (0, -1e-3, jnp.asarray(-1.0)))
+def test_zero_and_negative_learning_rates_are_legal(rate: Any):
+    updates, _ = AdEMAMix(rate).update(jnp.ones(2), OPTIM.init(jnp.ones(2)))
+    assert jnp.all(updates >= 0)
+
+
+def test_the_net_behind_our_checks():
+    """Whoever calls the core past the checks is caught by jaxtyping, leaf by leaf."""
+    from eqx_ademamix import _ademamix
+    from jaxtyping import TypeCheckError
+
+    good: Any = [GRADS, STATE.m1, STATE.m2, STATE.nu, None]
+    is_decayed = jax.tree.map(lambda _: False, GRADS)
+    resolved = OPTIM._resolved(STATE)
+    assert len(_ademamix._step(*good, is_decayed, resolved)) == 4
+    for i, name in ((1, "m1"), (2, "m2"), (3, "nu")):
+        for value in (jnp.ones((4, 2)), jnp.ones((4, 3), int)):
+            bad = list(good)
+            bad[i] = put(good[i], W0, value)
+            with pytest.raises(TypeCheckError, match=name):
+                _ademamix._step(*bad, is_decayed, resolved)
+    for name, tree in (("m1", STATE.m1), ("m2", STATE.m2), ("nu", STATE.nu)):
+        fields = {"count": STATE.count, "count_m2": STATE.count_m2}
+        moments = {"m1": STATE.m1, "m2": STATE.m2, "nu": STATE.nu}
+        bad = put(tree, W0, jnp.ones((4, 2)))
+        with pytest.raises(TypeCheckError):
+            AdEMAMixState(**{**fields, **moments, name: bad})
+
+
+def test_there_are_many_cases():
+    assert len(CASES) >= 30
+    assert len({case[0:3:2] for case in CASES}) == len(CASES)
+
+
+def test_a_failed_update_leaves_nothing_behind():
+    """No check changes its arguments: the same state works after an error."""
+    with pytest.raises(ValueError, match="has shape"):
+        update(OPTIM, put(GRADS, W0, jnp.ones((4, 2))), STATE, MODEL)
+    _, new = update(OPTIM, GRADS, STATE, MODEL)
+    assert new.count == 1 and eqx_ademamix.hyperparams(OPTIM, STATE).b1 == np.float32(
+        0.9
+    )
