@@ -1,7 +1,6 @@
 """AdEMAMix: the algorithm."""
 
 import functools as ft
-from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 import equinox as eqx
@@ -23,15 +22,17 @@ from ._checks import (
 )
 from ._formats import (
     StateFormat,
-    as_format,
     cast,
     check_stored,
+    checked_format,
     compute_dtype,
     encode,
     stored_dtypes,
 )
 from ._hyperparams import (
     HyperParam,
+    HyperParamLike,
+    HyperParamLikeOrSchedule,
     HyperParamOrSchedule,
     decay,
     finite,
@@ -47,13 +48,16 @@ from ._moments import abs_squared, bias_factor, moving_average, over, times
 from ._optimizer import AbstractOptimizer
 
 
-FilterSpec: TypeAlias = PyTree[bool] | Callable[[Array], bool]
+# Bools, or callables from an array to a bool; checked where it meets a model.
+FilterSpec: TypeAlias = PyTree[Any]
 # jaxtyping binds the names: trees annotated with "Params" must have one structure, and
 # their leaves, one by one, the same shape.
 # pyright: reportUndefinedVariable=false
 _Arrays: TypeAlias = PyTree[Inexact[Array, "?*leaf"], "Params"]
 _Reals: TypeAlias = PyTree[Float[Array, "?*leaf"], "Params"]
 _Bools: TypeAlias = PyTree[bool, "Params"]
+
+_FLOAT32 = StateFormat.float32()
 
 
 @jaxtyped(typechecker=beartype)
@@ -104,7 +108,7 @@ class AdEMAMix(AbstractOptimizer[AdEMAMixState]):
     $t = 1, 2, \dots$:
 
     $$
-    \begin{aligned}
+    \begin{align*}
     m_1 &\leftarrow \beta_1 m_1 + (1 - \beta_1) g
         & \hat m_1 &= m_1 / (1 - \beta_1^t) \\
     m_2 &\leftarrow \beta_3(t) \, m_2 + (1 - \beta_3(t)) g \\
@@ -114,7 +118,7 @@ class AdEMAMix(AbstractOptimizer[AdEMAMixState]):
         \frac{\hat m_1 + \alpha(t) \, m_2}
         {\sqrt{\hat \nu + \epsilon_\text{root}} + \epsilon}
         + \lambda \theta \right)
-    \end{aligned}
+    \end{align*}
     $$
 
     $m_2$ is not bias-corrected: it fills slowly, while $\alpha$ and $\beta_3$ warm up.
@@ -159,17 +163,17 @@ class AdEMAMix(AbstractOptimizer[AdEMAMixState]):
     @no_type_check
     def __init__(
         self,
-        learning_rate: HyperParamOrSchedule,
-        b1: HyperParam = 0.9,
-        b2: HyperParam = 0.999,
-        b3: HyperParamOrSchedule = 0.9999,
-        alpha: HyperParamOrSchedule = 5.0,
-        eps: HyperParam = 1e-8,
-        eps_root: HyperParam = 0.0,
-        weight_decay: HyperParam = 0.0,
+        learning_rate: HyperParamLikeOrSchedule,
+        b1: HyperParamLike = 0.9,
+        b2: HyperParamLike = 0.999,
+        b3: HyperParamLikeOrSchedule = 0.9999,
+        alpha: HyperParamLikeOrSchedule = 5.0,
+        eps: HyperParamLike = 1e-8,
+        eps_root: HyperParamLike = 0.0,
+        weight_decay: HyperParamLike = 0.0,
         weight_decay_mask: FilterSpec = True,
         trainable: FilterSpec = True,
-        state_format: StateFormat | None = None,
+        state_format: StateFormat = _FLOAT32,
     ):
         r"""**Arguments:**
 
@@ -195,7 +199,7 @@ class AdEMAMix(AbstractOptimizer[AdEMAMixState]):
         - `trainable`: a filter spec that chooses, among the model's inexact arrays,
             those that are trained. All others have no state, and `None` for an update.
         - `state_format`: a [`eqx_ademamix.StateFormat`][]: the dtypes of the state. By
-            default `StateFormat.float32()`.
+            default float32, or the parameter's own wider type.
 
         Schedules are called with the number of steps taken before the present one (0,
         1, 2, ...), as in optax; the paper's $t$ is one more.
@@ -217,7 +221,7 @@ class AdEMAMix(AbstractOptimizer[AdEMAMixState]):
         self.weight_decay = hyperparam("weight_decay", weight_decay, non_negative)
         self.weight_decay_mask = with_python_bools(weight_decay_mask)
         self.trainable = with_python_bools(trainable)
-        self.state_format = as_format(state_format)
+        self.state_format = checked_format(state_format)
         if is_zero(self.eps) and is_zero(self.eps_root):
             raise ValueError(
                 "`eps` and `eps_root` are both 0, but one must be positive: a zero "

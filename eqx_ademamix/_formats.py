@@ -66,10 +66,7 @@ class StateFormat(eqx.Module):
         return cls(m1=jnp.float32, m2=jnp.float32, nu=jnp.float32)
 
 
-def as_format(value: Any) -> StateFormat:
-    """The format that a caller gave, or the default."""
-    if value is None:
-        return StateFormat.float32()
+def checked_format(value: Any) -> StateFormat:
     if not isinstance(value, StateFormat):
         raise TypeError(
             f"`state_format` is {describe(value)}, but a `StateFormat` was expected, "

@@ -16,6 +16,9 @@ from ._checks import describe
 Schedule: TypeAlias = Callable[..., Any]
 HyperParam: TypeAlias = float | Float[Array, ""]
 HyperParamOrSchedule: TypeAlias = HyperParam | Schedule
+# What is accepted for them.
+HyperParamLike: TypeAlias = float | np.number[Any] | np.ndarray[Any, Any] | Array
+HyperParamLikeOrSchedule: TypeAlias = HyperParamLike | Schedule
 
 
 class Domain(NamedTuple):

@@ -10,7 +10,15 @@ import numpy as np
 from jaxtyping import Array, Float, Real
 
 from ._checks import no_type_check
-from ._hyperparams import HyperParam, decay, finite, hyperparam, non_negative, wide
+from ._hyperparams import (
+    HyperParam,
+    HyperParamLike,
+    decay,
+    finite,
+    hyperparam,
+    non_negative,
+    wide,
+)
 
 
 Step: TypeAlias = (
@@ -91,7 +99,10 @@ def _timescale(beta: HyperParam) -> HyperParam:
 
 @no_type_check
 def alpha_scheduler(
-    alpha: Any, alpha_start: Any = 0.0, warmup: Any = 0, offset: Any = 0
+    alpha: HyperParamLike,
+    alpha_start: HyperParamLike = 0.0,
+    warmup: HyperParamLike = 0,
+    offset: HyperParamLike = 0,
 ) -> AlphaSchedule:
     r"""The linear warm-up of $\alpha$ (arXiv:2409.03137, section 3, "schedulers"):
 
@@ -140,7 +151,10 @@ def alpha_scheduler(
 
 @no_type_check
 def beta3_scheduler(
-    beta_end: Any, beta_start: Any = 0.0, warmup: Any = 0, offset: Any = 0
+    beta_end: HyperParamLike,
+    beta_start: HyperParamLike = 0.0,
+    warmup: HyperParamLike = 0,
+    offset: HyperParamLike = 0,
 ) -> Beta3Schedule:
     r"""The warm-up of $\beta_3$ that is linear in the half-life
     $\log 0.5 / \log \beta_3$ (arXiv:2409.03137, section 3, "schedulers", and

@@ -1,5 +1,6 @@
 """A float64 reference in NumPy, models, and comparisons of trees."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,9 +15,9 @@ def x64() -> Any:
     """A context with 64-bit types enabled."""
     if hasattr(jax, "enable_x64"):
         return jax.enable_x64(True)
-    from jax.experimental import enable_x64  # before JAX 0.8
+    from jax import experimental  # before JAX 0.8
 
-    return enable_x64()
+    return getattr(experimental, "enable_x64")()  # noqa: B009
 
 
 #
@@ -151,7 +152,10 @@ class Zoo(eqx.Module):
         self.mlp = eqx.nn.MLP(3, 3, 4, 1, key=keys[0])
         self.norm = eqx.nn.LayerNorm(3)
         self.conv = eqx.nn.Conv2d(1, 2, 3, key=keys[1])
-        self.batch_norm = eqx.nn.BatchNorm(3, axis_name="batch", mode="batch")
+        # `mode` came with Equinox 0.12, where leaving it out is a warning.
+        has_mode = "mode" in inspect.signature(eqx.nn.BatchNorm.__init__).parameters
+        mode: Any = {"mode": "batch"} if has_mode else {}
+        self.batch_norm = eqx.nn.BatchNorm(3, axis_name="batch", **mode)
         embedding = eqx.nn.Embedding(5, 3, key=keys[2])
         head = eqx.nn.Linear(3, 5, use_bias=False, key=keys[3])
         self.shared = eqx.nn.Shared(

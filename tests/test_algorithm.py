@@ -4,12 +4,13 @@ import itertools as it
 from typing import Any
 
 import equinox as eqx
-import eqx_ademamix
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+
+import eqx_ademamix
 
 from .helpers import (
     Reference,
@@ -31,7 +32,7 @@ SHAPES = {
 }
 STEPS = 200
 WARMUP = 120
-FIXED = dict(b1=0.9, b2=0.999)
+FIXED: Any = dict(b1=0.9, b2=0.999)
 
 # (b3, alpha) as our optimizer takes them, and as the reference does
 CONSTANT = ((0.9999, 5.0), lambda t: (0.9999, 5.0))

@@ -9,6 +9,7 @@ import jax.tree_util as jtu
 import numpy as np
 import optax
 import pytest
+
 from eqx_ademamix import (
     AbstractOptimizer,
     AdEMAMix,
@@ -201,7 +202,7 @@ def test_derivative_at_a_zero_gradient_is_finite():
 
 
 def test_hyperparams():
-    optim = AdEMAMix(
+    optim: Any = AdEMAMix(
         lambda count: 0.1 * (count.astype(float) + 1),
         b1=0.5,
         b3=beta3_scheduler(0.999, 0.9, warmup=100),
@@ -242,7 +243,7 @@ def test_hyperparams():
 )
 def test_stands_where_optax_takes_an_optimizer(make: Any):
     model = make_mlp()
-    schedules = dict(
+    schedules: Any = dict(
         b3=beta3_scheduler(0.99, 0.9, warmup=10), alpha=alpha_scheduler(5.0, warmup=10)
     )
     optim = make(
@@ -274,7 +275,8 @@ def test_stands_where_optax_takes_an_optimizer(make: Any):
 
 
 def test_a_nan_gradient_changes_nothing_under_apply_if_finite():
-    params, optim = jnp.ones(3), optax.apply_if_finite(AdEMAMix(1e-2), 3)
+    params, inner = jnp.ones(3), AdEMAMix(1e-2)
+    optim: Any = optax.apply_if_finite(inner, 3)  # pyright: ignore[reportArgumentType]
     with jax.numpy_dtype_promotion("standard"):
         state = optim.init(params)
         updates, state = optim.update(jnp.asarray([1.0, jnp.nan, 0.0]), state, params)

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 import pytest
-from eqx_ademamix import AdEMAMix, StateFormat, alpha_scheduler, beta3_scheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from eqx_ademamix import AdEMAMix, StateFormat, alpha_scheduler, beta3_scheduler
 
 from .helpers import tree_type
 

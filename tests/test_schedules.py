@@ -1,4 +1,5 @@
 """The schedules: golden values, every kind of step, precision."""
+# pyright: reportArgumentType=false
 
 from typing import Any
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from eqx_ademamix import alpha_scheduler, beta3_scheduler
 
 from .helpers import reference_b3, x64
@@ -60,7 +62,7 @@ def test_many_steps_at_once():
     expected = np.minimum(2 + 6 * steps / 1000, 8)
     np.testing.assert_allclose(alpha, expected, rtol=1e-6)
     b3 = beta3_scheduler(0.999, 0.9, warmup=1000)(steps)
-    expected = [reference_b3(t, 0.999, 0.9, 1000) for t in steps]
+    expected = [reference_b3(int(t), 0.999, 0.9, 1000) for t in steps]
     np.testing.assert_allclose(b3, expected, atol=2e-7)
 
 

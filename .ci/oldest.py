@@ -1,0 +1,11 @@
+"""Prints the oldest dependencies that pyproject.toml admits, as pip takes them."""
+
+import pathlib
+import tomllib
+
+
+pyproject = pathlib.Path(__file__).parents[1] / "pyproject.toml"
+dependencies = tomllib.loads(pyproject.read_text())["project"]["dependencies"]
+pins = [dependency.replace(">=", "==") for dependency in dependencies]
+jaxlib = [pin.replace("jax==", "jaxlib==") for pin in pins if pin.startswith("jax==")]
+print(*pins, *jaxlib)

@@ -1,0 +1,88 @@
+"""Every Python block of the README, of the docs and of docstrings runs; everything
+public is documented; the README's commands are the ones that CI runs."""
+
+import inspect
+import pathlib
+import re
+from typing import Any
+
+import jax
+import pytest
+
+import eqx_ademamix
+
+
+ROOT = pathlib.Path(__file__).parents[1]
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md")))
+PUBLIC = {
+    name: obj
+    for name, obj in vars(eqx_ademamix).items()
+    if not name.startswith("_") and not inspect.ismodule(obj)
+}
+BLOCK = re.compile(r"^( *)```python\n(.*?)^\1```", re.DOTALL | re.MULTILINE)
+
+
+def docstrings() -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name, obj in PUBLIC.items():
+        found[name] = inspect.getdoc(obj) or ""
+        if inspect.isclass(obj):
+            members = vars(obj).items()
+            found |= {f"{name}.{k}": inspect.getdoc(v) or "" for k, v in members}
+    return found
+
+
+def blocks() -> list[Any]:
+    texts = {page.relative_to(ROOT).as_posix(): page.read_text() for page in PAGES}
+    return [
+        pytest.param(inspect.cleandoc("\n" + code), id=f"{name}-{i}")
+        for name, text in (texts | docstrings()).items()
+        for i, (_, code) in enumerate(BLOCK.findall(text))
+    ]
+
+
+@pytest.mark.parametrize("code", blocks())
+def test_block_runs(code: str):
+    # As users run it: with JAX's own promotion.
+    with (
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+    ):
+        exec(compile(code, "<block>", "exec"), {"__name__": "block"})
+
+
+def test_there_are_blocks():
+    assert len(blocks()) >= 10
+
+
+@pytest.mark.parametrize("name", sorted(PUBLIC))
+def test_public_names_are_documented(name: str):
+    obj = PUBLIC[name]
+    assert inspect.getdoc(obj), name
+    assert f"::: eqx_ademamix.{name}\n" in (ROOT / "docs/api.md").read_text()
+    if inspect.isfunction(obj):
+        text = inspect.getdoc(obj) or ""
+        assert "**Arguments:**" in text and "**Returns:**" in text
+        for argument in inspect.signature(obj).parameters:
+            assert f"`{argument}`" in text, argument
+
+
+def test_every_module_has_a_docstring():
+    for folder in ("eqx_ademamix", "tests", "examples", "benchmarks", ".ci"):
+        for path in (ROOT / folder).glob("**/*.py"):
+            if path.read_text():
+                assert path.read_text().startswith('"""'), path
+
+
+def test_links_are_relative_and_lead_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+            if target.startswith(("#", "http")):
+                assert page.name != "README.md" or target.startswith("#"), target
+                continue
+            assert (page.parent / target.split("#")[0]).exists(), (page, target)
+
+
+def test_the_version():
+    text = (ROOT / "eqx_ademamix/_version.py").read_text()
+    assert f'__version__ = "{eqx_ademamix.__version__}"' in text
