@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Real
 
 from ._checks import describe
 
@@ -17,7 +17,9 @@ Schedule: TypeAlias = Callable[..., Any]
 HyperParam: TypeAlias = float | Float[Array, ""]
 HyperParamOrSchedule: TypeAlias = HyperParam | Schedule
 # What is accepted for them.
-HyperParamLike: TypeAlias = float | np.number[Any] | np.ndarray[Any, Any] | Array
+HyperParamLike: TypeAlias = (
+    float | np.number[Any] | Real[Array, ""] | Real[np.ndarray, ""]
+)
 HyperParamLikeOrSchedule: TypeAlias = HyperParamLike | Schedule
 
 
