@@ -60,7 +60,6 @@ _Bools: TypeAlias = PyTree[bool, "Params"]
 _FLOAT32 = StateFormat.float32()
 
 
-@jaxtyped(typechecker=beartype)
 class AdEMAMixState(eqx.Module):
     r"""The state of [`eqx_ademamix.AdEMAMix`][]. Arrays only.
 
@@ -83,6 +82,38 @@ class AdEMAMixState(eqx.Module):
     m1: PyTree[None] | _Arrays
     m2: _Arrays
     nu: _Reals
+
+    @no_type_check
+    def __init__(
+        self,
+        count: Int32[Array, ""],
+        count_m2: Int32[Array, ""],
+        m1: PyTree[None] | _Arrays,
+        m2: _Arrays,
+        nu: _Reals,
+    ):
+        """**Arguments:** as the attributes.
+
+        **Raises:**
+
+        - `jaxtyping.TypeCheckError`: if the trees do not agree in structure, or their
+            arrays in shape.
+        """
+        _check_fields(count, count_m2, m2, nu, m1)
+        self.count, self.count_m2 = count, count_m2
+        self.m1, self.m2, self.nu = m1, m2, nu
+
+
+@jaxtyped(typechecker=beartype)
+def _check_fields(
+    count: Int32[Array, ""],
+    count_m2: Int32[Array, ""],
+    m2: _Arrays,
+    nu: _Reals,
+    # After those that say what "Params" is: a tree of None would bind it to itself.
+    m1: PyTree[None] | _Arrays,
+) -> None:
+    """The types of a state's fields, which bind wherever a state is made."""
 
 
 class Hyperparams(eqx.Module):
@@ -265,8 +296,8 @@ class AdEMAMix(AbstractOptimizer[AdEMAMixState]):
         is_decayed = as_bools(
             self.weight_decay_mask if self._has_decay else False, g, "weight_decay_mask"
         )
-        updates, m1, m2, nu = _step(
-            g, state.m1, state.m2, state.nu, p, is_decayed, self._resolved(state)
+        updates, m2, nu, m1 = _step(
+            g, state.m2, state.nu, state.m1, p, is_decayed, self._resolved(state)
         )
         return updates, AdEMAMixState(
             count=_next(state.count),
@@ -351,19 +382,19 @@ class _Resolved(NamedTuple):
 @jaxtyped(typechecker=beartype)
 def _step(
     grads: _Arrays,
-    m1: PyTree[None] | _Arrays,
     m2: _Arrays,
     nu: _Reals,
+    m1: PyTree[None] | _Arrays,
     params: _Arrays | None,
     is_decayed: _Bools,
     h: _Resolved,
-) -> tuple[_Arrays, PyTree[None] | _Arrays, _Arrays, _Reals]:
+) -> tuple[_Arrays, _Arrays, _Reals, PyTree[None] | _Arrays]:
     """The step on whole trees, whose shapes must agree leaf by leaf. Returns the
-    updates and the three new moments."""
+    updates and the new `m2`, `nu` and `m1`."""
     if params is None:
         params = jax.tree.map(lambda _: None, grads)
     leaf_step = ft.partial(_leaf_step, h)
-    out = jax.tree.map(leaf_step, grads, m1, m2, nu, params, is_decayed)
+    out = jax.tree.map(leaf_step, grads, m2, nu, m1, params, is_decayed)
 
     def part(i: int) -> Any:
         return jax.tree.map(lambda _, leaf: leaf[i], grads, out)
@@ -374,12 +405,12 @@ def _step(
 def _leaf_step(
     h: _Resolved,
     g: Array,
-    m1: Array | None,
     m2: Array,
     nu: Array,
+    m1: Array | None,
     p: Array | None,
     is_decayed: bool,
-) -> tuple[Array, Array | None, Array, Array]:
+) -> tuple[Array, Array, Array, Array | None]:
     """The step on one parameter (arXiv:2409.03137, Algorithm 1)."""
     out_dtype = g.dtype if p is None else p.dtype
     m1_dtype, m2_dtype, nu_dtype = (
@@ -405,7 +436,7 @@ def _leaf_step(
     update = times(-h.learning_rate, u)
 
     m1 = None if m1 is None else encode(m1, m1_dtype)
-    return update.astype(out_dtype), m1, encode(m2, m2_dtype), encode(nu, nu_dtype)
+    return update.astype(out_dtype), encode(m2, m2_dtype), encode(nu, nu_dtype), m1
 
 
 def _next(count: Array) -> Array:

@@ -260,11 +260,11 @@ def test_the_net_behind_our_checks():
     from eqx_ademamix import _ademamix
 
     core: Any = _ademamix._step
-    good: Any = [GRADS, STATE.m1, STATE.m2, STATE.nu, None]
+    good: Any = [GRADS, STATE.m2, STATE.nu, STATE.m1, None]
     is_decayed = jax.tree.map(lambda _: False, GRADS)
     resolved = OPTIM._resolved(STATE)
     assert len(core(*good, is_decayed, resolved)) == 4
-    for i, name in ((1, "m1"), (2, "m2"), (3, "nu")):
+    for i, name in ((1, "m2"), (2, "nu"), (3, "m1")):
         for value in (jnp.ones((4, 2)), jnp.ones((4, 3), int)):
             bad = list(good)
             bad[i] = put(good[i], W0, value)
