@@ -1,15 +1,19 @@
 """AdEMAMix: the algorithm."""
 
 import functools as ft
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
 from beartype import beartype
 from jaxtyping import Array, Float, Inexact, Int32, PyTree, jaxtyped
 
 from ._checks import (
+    aligned,
     as_gradients,
     check_against_state,
     check_alive,
@@ -17,8 +21,9 @@ from ._checks import (
     check_moments,
     check_optimizer,
     check_state_type,
-    is_none,
+    describe,
     no_type_check,
+    on_device,
 )
 from ._formats import (
     StateFormat,
@@ -42,10 +47,12 @@ from ._hyperparams import (
     non_negative,
     resolve,
     resolve_complement,
+    resolve_decay,
 )
 from ._masks import as_bools, select, with_python_bools
 from ._moments import abs_squared, bias_factor, moving_average, over, times
 from ._optimizer import AbstractOptimizer
+from ._schedules import AlphaSchedule, Beta3Schedule
 
 
 # Bools, or callables from an array to a bool; checked where it meets a model.
@@ -159,6 +166,11 @@ class AdEMAMix(AbstractOptimizer[AdEMAMixState]):
     new one means a new compilation. An array of shape `()` is traced: a new value does
     not, and a batch of them, under `eqx.filter_vmap`, makes a sweep one program.
 
+    An optimizer also stands wherever optax takes one by its `init` and `update`. In
+    `optax.inject_hyperparams` what is no number, and no schedule that optax should
+    resolve, must be static: `optax.inject_hyperparams(AdEMAMix, static_args=("b3",
+    "alpha", "weight_decay_mask", "trainable", "state_format"))`.
+
     !!! Example
 
         ```python
@@ -253,6 +265,12 @@ class AdEMAMix(AbstractOptimizer[AdEMAMixState]):
         self.weight_decay_mask = with_python_bools(weight_decay_mask)
         self.trainable = with_python_bools(trainable)
         self.state_format = checked_format(state_format)
+        for name, other in (("b3", AlphaSchedule), ("alpha", Beta3Schedule)):
+            if isinstance(getattr(self, name), other):
+                raise TypeError(
+                    f"`{name}` is {describe(getattr(self, name))}, which is not for "
+                    "it. Were the schedules of `b3` and `alpha` swapped?"
+                )
         if is_zero(self.eps) and is_zero(self.eps_root):
             raise ValueError(
                 "`eps` and `eps_root` are both 0, but one must be positive: a zero "
@@ -292,10 +310,10 @@ class AdEMAMix(AbstractOptimizer[AdEMAMixState]):
         params: PyTree[Any] | None = None,
     ) -> tuple[PyTree[Any], AdEMAMixState]:
         """See [`eqx_ademamix.update`][]."""
+        state = on_device(state)
         g, p = self._checked(grads, state, params)
-        is_decayed = as_bools(
-            self.weight_decay_mask if self._has_decay else False, g, "weight_decay_mask"
-        )
+        mask = self.weight_decay_mask if self._has_decay else False
+        is_decayed = as_bools(mask, g if p is None else p, "weight_decay_mask")
         updates, m2, nu, m1 = _step(
             g, state.m2, state.nu, state.m1, p, is_decayed, self._resolved(state)
         )
@@ -306,6 +324,13 @@ class AdEMAMix(AbstractOptimizer[AdEMAMixState]):
             m2=m2,
             nu=nu,
         )
+
+    def __hash__(self) -> int:
+        # Equal optimizers have equal hashes, and one with arrays or with a mask in a
+        # dict has a hash at all: `jax.jit(optim.update)` needs it.
+        leaves, treedef = jtu.tree_flatten(self)
+        types = ((x.shape, x.dtype) if eqx.is_array(x) else x for x in leaves)
+        return hash((treedef, *types))
 
     @property
     def _has_m1(self) -> bool:
@@ -318,7 +343,8 @@ class AdEMAMix(AbstractOptimizer[AdEMAMixState]):
     def _checked(self, grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
         """The trained leaves of gradients and parameters, once all is known to fit."""
         check_state_type(state, grads, AdEMAMixState)
-        for name, tree in (("grads", grads), ("state", state), ("params", params)):
+        trees = {"optim": self, "grads": grads, "state": state, "params": params}
+        for name, tree in trees.items():
             check_alive(name, tree)
         check_counter("count", state.count)
         check_counter("count_m2", state.count_m2)
@@ -329,13 +355,12 @@ class AdEMAMix(AbstractOptimizer[AdEMAMixState]):
             check_against_state("grads", g, state.m2, keep_extra=True)
             p, g = None, select(self.trainable, g, "trainable")
             check_against_state("grads", g, state.m2)
+            g = aligned(g, state.m2)
         else:
             p = select(self.trainable, params, "trainable")
-            check_against_state("params", p, state.m2)
+            check_against_state("params", p, state.m2, whole=params)
             check_against_state("grads", g, state.m2, keep_extra=True)
-            g = jax.tree.map(
-                lambda m, x: None if m is None else x, state.m2, g, is_leaf=is_none
-            )
+            p, g = aligned(p, state.m2), aligned(g, state.m2)
         check_stored(
             self.state_format,
             state.m1,
@@ -378,6 +403,11 @@ class _Resolved(NamedTuple):
     eps_root: Float[Array, ""]
     weight_decay: Float[Array, ""]
 
+    def in_dtype(self, real: np.dtype[Any]) -> "_Resolved":
+        h = _Resolved(*(x.astype(real) for x in self))
+        # An `eps` that is 0 in this dtype must not make 0/0 of a zero gradient.
+        return h._replace(eps=jnp.maximum(h.eps, jnp.finfo(real).tiny))
+
 
 @jaxtyped(typechecker=beartype)
 def _step(
@@ -393,7 +423,7 @@ def _step(
     updates and the new `m2`, `nu` and `m1`."""
     if params is None:
         params = jax.tree.map(lambda _: None, grads)
-    leaf_step = ft.partial(_leaf_step, h)
+    leaf_step = ft.partial(_leaf_step, ft.cache(h.in_dtype))
     out = jax.tree.map(leaf_step, grads, m2, nu, m1, params, is_decayed)
 
     def part(i: int) -> Any:
@@ -403,7 +433,7 @@ def _step(
 
 
 def _leaf_step(
-    h: _Resolved,
+    resolved: Callable[[np.dtype[Any]], _Resolved],
     g: Array,
     m2: Array,
     nu: Array,
@@ -413,30 +443,22 @@ def _leaf_step(
 ) -> tuple[Array, Array, Array, Array | None]:
     """The step on one parameter (arXiv:2409.03137, Algorithm 1)."""
     out_dtype = g.dtype if p is None else p.dtype
-    m1_dtype, m2_dtype, nu_dtype = (
-        m2.dtype if m1 is None else m1.dtype,
-        m2.dtype,
-        nu.dtype,
-    )
-    real = compute_dtype(g.dtype, m2_dtype, nu_dtype, out_dtype)
-    h = _Resolved(*(x.astype(real) for x in h))
-    g = cast(g, real)
+    real = compute_dtype(g.dtype, m2.dtype, nu.dtype, out_dtype)
+    h, g = resolved(real), cast(g, real)
 
-    m1 = None if m1 is None else moving_average(cast(m1, real), g, h.complement1)
-    m2 = moving_average(cast(m2, real), g, h.complement3)
-    nu = moving_average(cast(nu, real), abs_squared(g), h.complement2)
+    new_m1 = g if m1 is None else moving_average(cast(m1, real), g, h.complement1)
+    new_m2 = moving_average(cast(m2, real), g, h.complement3)
+    new_nu = moving_average(cast(nu, real), abs_squared(g), h.complement2)
 
-    m1_hat = g if m1 is None else over(m1, h.bias1)
-    nu_hat = over(nu, h.bias2)
-    # An `eps` that is 0 in this dtype must not make 0/0 of a zero gradient.
-    eps = jnp.maximum(h.eps, jnp.finfo(real).tiny)
-    u = over(m1_hat + times(h.alpha, m2), jnp.sqrt(nu_hat + h.eps_root) + eps)
+    m1_hat = new_m1 if m1 is None else over(new_m1, h.bias1)
+    nu_hat = over(new_nu, h.bias2)
+    u = over(m1_hat + times(h.alpha, new_m2), jnp.sqrt(nu_hat + h.eps_root) + h.eps)
     if is_decayed and p is not None:
         u = u + times(h.weight_decay, cast(p, real))
-    update = times(-h.learning_rate, u)
 
-    m1 = None if m1 is None else encode(m1, m1_dtype)
-    return update.astype(out_dtype), encode(m2, m2_dtype), encode(nu, nu_dtype), m1
+    update = times(-h.learning_rate, u).astype(out_dtype)
+    stored_m1 = None if m1 is None else encode(new_m1, m1.dtype)
+    return update, encode(new_m2, m2.dtype), encode(new_nu, nu.dtype), stored_m1
 
 
 def _next(count: Array) -> Array:
@@ -499,11 +521,14 @@ def hyperparams(optim: AdEMAMix, state: AdEMAMixState) -> Hyperparams:
     """
     check_optimizer(optim, AdEMAMix)
     check_state_type(state, None, AdEMAMixState)
+    for name, tree in {"optim": optim, "state": state}.items():
+        check_alive(name, tree)
+    state = on_device(state)
     return Hyperparams(
         learning_rate=resolve("learning_rate", optim.learning_rate, state.count),
-        b1=resolve("b1", optim.b1, state.count),
-        b2=resolve("b2", optim.b2, state.count),
-        b3=resolve("b3", optim.b3, state.count_m2),
+        b1=resolve_decay("b1", optim.b1, state.count),
+        b2=resolve_decay("b2", optim.b2, state.count),
+        b3=resolve_decay("b3", optim.b3, state.count_m2),
         alpha=resolve("alpha", optim.alpha, state.count_m2),
         weight_decay=resolve("weight_decay", optim.weight_decay, state.count),
     )

@@ -68,6 +68,16 @@ def structure(tree: Any) -> Any:
     return jtu.tree_structure(tree, is_leaf=is_none)
 
 
+def path_text(path: Path) -> str:
+    """A path as error messages print it, without its middle if it is very long."""
+    return _shortened(jtu.keystr(path), 160)
+
+
+def _shortened(text: str, length: int) -> str:
+    half = length // 2
+    return text if len(text) <= length else f"{text[:half]}...{text[-half:]}"
+
+
 def describe(x: Any) -> str:
     """Says in a few words what was found somewhere in a tree."""
     if x is None:
@@ -75,18 +85,37 @@ def describe(x: Any) -> str:
     if isinstance(x, (jax.Array, np.ndarray, np.generic)):
         return f"{_a(x.dtype.name)} array of shape {x.shape}"
     if isinstance(x, (bool, int, float, complex, str)):
-        text = repr(x)
-        return (
-            f"the {type(x).__name__} {text if len(text) <= 40 else text[:40] + '...'}"
-        )
+        return f"the {type(x).__name__} {_shortened(repr(x), 40)}"
+    if isinstance(x, type):
+        return f"the class `{_shortened(x.__name__, 60)}`"
     if is_leaf(x) and callable(x):
-        return f"the function `{getattr(x, '__name__', type(x).__name__)}`"
+        name = getattr(x, "__name__", type(x).__name__)
+        return f"the function `{_shortened(name, 60)}`"
     if isinstance(x, dict):
-        keys = ", ".join(repr(key) for key in list(x)[:4])
+        keys = ", ".join(_shortened(repr(key), 30) for key in list(x)[:4])
         return f"a dict with the keys {keys}{', ...' if len(x) > 4 else ''}"
     if type(x) in (list, tuple):
         return f"a {type(x).__name__} of length {len(x)}"
-    return _a(f"`{type(x).__name__}`")
+    return _a(f"`{_shortened(type(x).__name__, 60)}`")
+
+
+def contrast(found: Any, expected: Any) -> tuple[str, str]:
+    """Describes two things that differ such that one sees in what."""
+    if isinstance(found, dict) and isinstance(expected, dict):
+        for key in expected:
+            if key not in found:
+                text = _shortened(repr(key), 30)
+                return f"a dict without the key {text}", "one with it"
+        for key in found:
+            if key not in expected:
+                text = _shortened(repr(key), 30)
+                return f"a dict with the key {text}", "one without it"
+    if describe(found) != describe(expected):
+        return describe(found), describe(expected)
+    sizes = len(children(found)[0]), len(children(expected)[0])
+    if sizes[0] != sizes[1]:
+        return f"{describe(found)} with {sizes[0]} children", f"one with {sizes[1]}"
+    return describe(found), "one with other static fields"
 
 
 def _a(noun: str) -> str:
@@ -175,7 +204,7 @@ def check_alive(name: str, tree: Any) -> None:
         concrete = isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer)
         if concrete and leaf.is_deleted():
             raise ValueError(
-                f"{name}{jtu.keystr(path)} has been deleted: its buffer was donated to "
+                f"{name}{path_text(path)} has been deleted: its buffer was donated to "
                 "an earlier jitted call. Use the value that this call returned in its "
                 "place, or do not donate it."
             )
@@ -193,62 +222,96 @@ def _as_gradient(path: Path, leaf: Any) -> Any:
     if getattr(leaf, "dtype", None) == jax.dtypes.float0:
         return None  # what `jax.grad(..., allow_int=True)` returns for integers
     raise TypeError(
-        f"grads{jtu.keystr(path)} is {describe(leaf)}, but a gradient is an array of a "
+        f"grads{path_text(path)} is {describe(leaf)}, but a gradient is an array of a "
         "floating-point or complex dtype, or None. Was the model passed as the "
         "gradients? Take them from `eqx.filter_grad` or `eqx.filter_value_and_grad`."
     )
 
 
 def check_against_state(
-    name: str, tree: Any, reference: Any, *, keep_extra: bool = False
+    name: str,
+    tree: Any,
+    reference: Any,
+    *,
+    other: str = "the optimizer state",
+    whole: Any = None,
+    keep_extra: bool = False,
+    complex_too: bool = True,
 ) -> None:
-    """Checks a tree of arrays leaf by leaf against a tree of the state's moments: an
-    array wherever that has one (and, but for `keep_extra`, nowhere else), of the same
-    shape, complex for complex."""
+    """Checks a tree of arrays leaf by leaf against a tree of moments: an array wherever
+    that has one (and, but for `keep_extra`, nowhere else), of the same shape, and
+    complex for complex. `whole` is the tree before it was filtered."""
     for path, leaf, moment in paired_leaves(tree, reference):
-        if not (keep_extra and moment is None and is_leaf(leaf)):
-            _check_leaf(f"{name}{jtu.keystr(path)}", leaf, moment)
+        no_moments = not jtu.tree_leaves(moment)
+        if no_moments and (keep_extra or not jtu.tree_leaves(leaf)):
+            continue
+        where = f"{name}{path_text(path)}"
+        if leaf is None and whole is not None:
+            unfiltered = dict(leaves_with_path(whole)).get(path)
+            leaf = None if eqx.is_inexact_array(unfiltered) else unfiltered
+        _check_leaf(where, leaf, other, moment)
+        if complex_too:
+            _check_complex(where, leaf, other, moment)
     path = static_mismatch(tree, reference)
     if path is not None:
         raise ValueError(
-            f"{name}{jtu.keystr(path)} has other static fields than the optimizer "
-            "state has there, though their arrays fit together. Was `init` called with "
-            "another model? Make the state with the model that is trained."
+            f"{name}{path_text(path)} has other static fields than {other} has there, "
+            "though their arrays fit together. Was `init` called with another model? "
+            "Make the state with the model that is trained."
         )
 
 
-def _check_leaf(where: str, leaf: Any, moment: Any) -> None:
-    if not (is_leaf(leaf) and is_leaf(moment)):
+def _check_leaf(where: str, leaf: Any, other: str, moment: Any) -> None:
+    is_array = eqx.is_inexact_array(leaf)
+    if leaf is None:
         raise ValueError(
-            f"{where} is {describe(leaf)}, but the optimizer state has "
-            f"{describe(moment)} there. Was `init` called with another model?"
+            f"{where} is None, but {other} has {describe(moment)} there. Every leaf "
+            "that `init` saw as trained needs one: was it filtered out, or has "
+            "`trainable` changed since `init`?"
         )
-    if leaf is None and moment is not None:
+    if moment is None and is_array:
         raise ValueError(
-            f"{where} is None, but the optimizer state has {describe(moment)} there. "
-            "Every leaf that `init` saw as trained needs one: was it filtered out, or "
-            "has `trainable` changed since `init`?"
+            f"{where} is trained ({describe(leaf)}), but {other} has no moment there. "
+            "Was `init` called with another model, or with another `trainable`?"
         )
-    if leaf is not None and moment is None:
+    if not (is_array and is_leaf(moment)):
+        found, expected = contrast(leaf, moment)
         raise ValueError(
-            f"{where} is trained ({describe(leaf)}), but the optimizer state has no "
-            "moment there. Was `init` called with another model, or with another "
-            "`trainable`?"
+            f"{where} is {found}, but {other} has {expected} there. Was `init` called "
+            "with another model?"
         )
-    if leaf is None or moment is None:
-        return
-    if leaf.shape != moment.shape:
+    if moment is not None and leaf.shape != moment.shape:
         raise ValueError(
-            f"{where} has shape {leaf.shape}, but the optimizer state has "
-            f"{moment.shape} there. Was `init` called with another model?"
+            f"{where} has shape {leaf.shape}, but {other} has {moment.shape} there. "
+            "Was `init` called with another model?"
         )
+
+
+def _check_complex(where: str, leaf: Any, other: str, moment: Any) -> None:
     if jnp.iscomplexobj(leaf) != jnp.iscomplexobj(moment):
         kind = "complex" if jnp.iscomplexobj(moment) else "real"
         raise TypeError(
-            f"{where} has dtype {leaf.dtype}, but the optimizer state is for a {kind} "
-            "parameter there. Was `init` called with another model? Else take the real "
-            "part, or make the parameter complex."
+            f"{where} has dtype {leaf.dtype}, but {other} is for a {kind} parameter "
+            "there. Was `init` called with another model? Else take the real part, or "
+            "make the parameter complex."
         )
+
+
+def aligned(tree: Any, reference: Any) -> Any:
+    """A checked tree in the structure of a tree of moments, with its leaves only where
+    that has some."""
+    leaves = dict(leaves_with_path(tree))
+    return jtu.tree_map_with_path(
+        lambda path, moment: None if moment is None else leaves[path],
+        reference,
+        is_leaf=is_none,
+    )
+
+
+def on_device(tree: Any) -> Any:
+    """A tree with JAX arrays in place of NumPy's, for example after a checkpoint."""
+    is_numpy = lambda x: isinstance(x, (np.ndarray, np.generic))
+    return jax.tree.map(lambda x: jnp.asarray(x) if is_numpy(x) else x, tree)
 
 
 def check_moments(m1: Any, m2: Any, nu: Any, *, has_m1: bool) -> None:
@@ -256,7 +319,7 @@ def check_moments(m1: Any, m2: Any, nu: Any, *, has_m1: bool) -> None:
     if not has_m1 and jtu.tree_leaves(m1):
         path = next(path for path, leaf in leaves_with_path(m1) if leaf is not None)
         raise ValueError(
-            f"state.m1{jtu.keystr(path)} holds a moment, but an optimizer with `b1=0` "
+            f"state.m1{path_text(path)} holds a moment, but an optimizer with `b1=0` "
             "stores no `m1`. Was `init` called with another optimizer?"
         )
     _check_moment("m2", m2, "nu", nu)
@@ -272,18 +335,25 @@ def check_moments(m1: Any, m2: Any, nu: Any, *, has_m1: bool) -> None:
 
 def _check_moment(name: str, tree: Any, other: str, reference: Any) -> None:
     for path, leaf, moment in paired_leaves(tree, reference):
-        _check_same_shape(name, leaf, other, moment, jtu.keystr(path))
+        are_arrays = all(x is None or eqx.is_array(x) for x in (leaf, moment))
+        shapes = [getattr(x, "shape", None) for x in (leaf, moment)]
+        if not are_arrays or shapes[0] != shapes[1]:
+            _raise_moments_differ(name, leaf, other, moment, path)
     path = static_mismatch(tree, reference)
     if path is not None:
-        _check_same_shape(name, "another node", other, "a node", jtu.keystr(path))
-
-
-def _check_same_shape(name: str, leaf: Any, other: str, moment: Any, key: str) -> None:
-    are_leaves = is_leaf(leaf) and is_leaf(moment)
-    found, expected = (getattr(x, "shape", describe(x)) for x in (leaf, moment))
-    if not are_leaves or found != expected:
         raise ValueError(
-            f"state.{name}{key} is {describe(leaf)}, but state.{other}{key} is "
-            f"{describe(moment)}: the moments of one parameter have one shape. Pass on "
-            "the state as `init` of this optimizer or the last `update` returned it."
+            f"state.{name}{path_text(path)} has other static fields than state.{other} "
+            "has there. Pass on the state as `init` of this optimizer or the last "
+            "`update` returned it."
         )
+
+
+def _raise_moments_differ(
+    name: str, leaf: Any, other: str, moment: Any, path: Path
+) -> typing.NoReturn:
+    found, expected = describe(leaf), describe(moment)
+    raise ValueError(
+        f"state.{name}{path_text(path)} is {found}, but state.{other} has {expected} "
+        "there: the moments of one parameter are arrays of one shape. Pass on the "
+        "state as `init` of this optimizer or the last `update` returned it."
+    )

@@ -4,11 +4,10 @@ from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax.numpy as jnp
-import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array
 
-from ._checks import describe, leaves_with_path, no_type_check
+from ._checks import describe, leaves_with_path, no_type_check, path_text
 
 
 _STORABLE = ("float16", "bfloat16", "float32", "float64")
@@ -106,14 +105,15 @@ def stored_dtypes(fmt: StateFormat, param: np.dtype[Any]) -> Dtypes:
     real = Dtypes(*(_or_wider(dtype, param) for dtype in (fmt.m1, fmt.m2, fmt.nu)))
     if not jnp.issubdtype(param, jnp.complexfloating):
         return real
-    return Dtypes(_complex(real.m1), _complex(real.m2), real.nu)
+    return Dtypes(complex_dtype(real.m1), complex_dtype(real.m2), real.nu)
 
 
 def _or_wider(stored: np.dtype[Any], param: np.dtype[Any]) -> np.dtype[Any]:
     return compute_dtype(param) if stored == np.float32 else stored
 
 
-def _complex(real: np.dtype[Any]) -> np.dtype[Any]:
+def complex_dtype(real: np.dtype[Any]) -> np.dtype[Any]:
+    """The complex dtype with parts in a real dtype, complex64 at the least."""
     return np.dtype(np.complex128 if real == np.float64 else np.complex64)
 
 
@@ -125,7 +125,7 @@ def compute_dtype(*dtypes: np.dtype[Any]) -> np.dtype[Any]:
 
 def cast(x: Array, real: np.dtype[Any]) -> Array:
     """`x` in a real dtype, or in the complex one of that precision if it is complex."""
-    return x.astype(_complex(real) if jnp.iscomplexobj(x) else real)
+    return x.astype(complex_dtype(real) if jnp.iscomplexobj(x) else real)
 
 
 def check_stored(
@@ -143,7 +143,7 @@ def check_stored(
         if all(differences):
             name, dtype, wanted = differences[0]
             raise ValueError(
-                f"state.{name}{jtu.keystr(path)} has dtype {dtype}, but {wanted} was "
+                f"state.{name}{path_text(path)} has dtype {dtype}, but {wanted} was "
                 "expected for this parameter and `state_format`. Pass on the state as "
                 "`init` of this optimizer or the last `update` returned it."
             )
@@ -151,7 +151,7 @@ def check_stored(
 
 def _precisions(x: Array) -> list[np.dtype[Any]]:
     real = [np.dtype(np.float32), np.dtype(np.float64)]
-    return [_complex(dtype) for dtype in real] if jnp.iscomplexobj(x) else real
+    return [complex_dtype(dtype) for dtype in real] if jnp.iscomplexobj(x) else real
 
 
 def _difference(found: list[Any], expected: Dtypes) -> tuple[Any, ...]:

@@ -55,19 +55,28 @@ def hyperparam(name: str, value: Any, domain: Domain) -> Any:
     _check_real_scalar(name, value, domain.text)
     if domain is decay:
         _check_precision(name, value)
-    is_array = isinstance(value, (np.ndarray, jax.Array))
-    out = wide(value) if is_array else float(value)
     if isinstance(value, Tracer):
-        return out
-    # What counts is the value as it will be used: 1 - 1e-9 is 1 in float32.
-    used_dtype = jnp.result_type(float) if is_array else np.float64
-    number = float(np.asarray(value, used_dtype))
-    if not domain.contains(number):
+        return wide(value)
+    is_array = isinstance(value, (np.ndarray, jax.Array))
+    number, used = _number(value), _number(value, jnp.result_type(float))
+    # What counts is the value as it will be used: 1e39 is infinite in float32, and
+    # 1 - 1e-9 is 1. But of a Python number for a decay, `1 - decay` is used.
+    if not domain.contains(number if domain is decay and not is_array else used):
+        is_rounding = domain.contains(number)
+        as_used = f" ({used} in {jnp.result_type(float)})" if is_rounding else ""
         raise ValueError(
-            f"`{name}` is {number}, but {domain.text} was expected. Pass a value in "
-            "that range."
+            f"`{name}` is {number}{as_used}, but {domain.text} was expected. Pass a "
+            "value in that range."
         )
-    return out
+    return wide(value) if is_array else number
+
+
+def _number(value: Any, dtype: Any = np.float64) -> float:
+    with np.errstate(over="ignore"):
+        try:
+            return float(np.asarray(value, np.float64).astype(dtype))
+        except OverflowError:  # of a Python int
+            return math.inf
 
 
 def hyperparam_or_schedule(name: str, value: Any, domain: Domain) -> Any:
@@ -88,7 +97,21 @@ def resolve_complement(name: str, value: Any, count: Array) -> Float[Array, ""]:
         return wide(1.0 - value)
     if hasattr(value, "complement"):
         return resolve(f"{name}.complement", value.complement, count)
-    return 1.0 - resolve(name, value, count)
+    return 1.0 - resolve_decay(name, value, count)
+
+
+def resolve_decay(name: str, value: Any, count: Array) -> Float[Array, ""]:
+    """As `resolve`, for a decay, which must not have been rounded to 16 bits."""
+    out = value(count) if is_schedule(value) else value
+    name = f"{name}(count)" if is_schedule(value) else name
+    _check_precision(name, out)
+    return resolve(name, out, count)
+
+
+def decay_complement(name: str, value: Any) -> Float[Array, ""]:
+    """`1 - value` for a decay that a caller gives as it is, checked."""
+    checked = hyperparam(name, value, decay)
+    return wide(1.0 - checked if isinstance(checked, float) else 1.0 - wide(checked))
 
 
 _REAL = (int, float, np.integer, np.floating, np.ndarray, jax.Array)
@@ -117,7 +140,8 @@ def _check_real_scalar(name: str, value: Any, expected: str = "a real number") -
 
 def _check_precision(name: str, value: Any) -> None:
     dtype = getattr(value, "dtype", None)
-    if dtype in (jnp.float16, jnp.bfloat16):
+    is_float = dtype is not None and jnp.issubdtype(dtype, jnp.floating)
+    if is_float and jnp.finfo(dtype).bits < 32:
         raise ValueError(
             f"`{name}` is {describe(value)}, but a decay needs at least float32: "
             f"0.9999 rounds to 1 in {dtype}. Pass a Python float or a float32 array "

@@ -12,15 +12,18 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import PyTree
 
 from ._checks import (
     Path,
     children,
+    contrast,
     describe,
     is_inexact_shape,
     is_leaf,
     no_type_check,
+    path_text,
 )
 
 
@@ -59,12 +62,11 @@ def as_bools(spec: Any, arrays: Any, name: str, path: Path = ()) -> Any:
         )
     (specs, spec_def), (subtrees, treedef) = children(spec), children(arrays)
     if is_leaf(arrays) or spec_def != treedef:
-        found, expected = describe(spec), describe(arrays)
+        found, expected = contrast(spec, arrays)
         raise ValueError(
-            f"{name}{jtu.keystr(path)} is {found}, but the parameters have "
-            f"{expected if expected != found else 'one with other fields'} there. A "
-            "mask is a bool, a callable on one array, or a tree of bools shaped like "
-            "the model or a prefix of it."
+            f"{name}{path_text(path)} is {found}, but the parameters have {expected} "
+            "there. A mask is a bool, a callable on one array, or a tree of bools "
+            "shaped like the model or a prefix of it."
         )
     pairs = zip(specs, subtrees, strict=True)
     return treedef.unflatten(
@@ -76,10 +78,14 @@ def _as_bool(spec: Any, array: Any, name: str, path: Path) -> bool:
     flag = spec(array) if callable(spec) else spec
     if isinstance(flag, (bool, np.bool_)):
         return bool(flag)
+    what_to_do = (
+        "Under plain `jax.jit` a mask must not be an argument: use `eqx.filter_jit`."
+        if isinstance(flag, Tracer)
+        else "Use True or False there, or a callable that returns one of them."
+    )
     raise TypeError(
-        f"{name}{jtu.keystr(path)} is {describe(flag)}, but a bool was expected for "
-        f"{describe(array)}. Under plain `jax.jit` a mask must not be an argument: use "
-        "`eqx.filter_jit`."
+        f"{name}{path_text(path)} is {describe(flag)}, but a bool was expected for "
+        f"{describe(array)}. {what_to_do}"
     )
 
 
@@ -88,7 +94,8 @@ def _as_bool(spec: Any, array: Any, name: str, path: Path) -> bool:
 #
 
 _NORMS = (eqx.nn.LayerNorm, eqx.nn.RMSNorm, eqx.nn.GroupNorm, eqx.nn.BatchNorm)
-_BIAS = re.compile(r"(^|_)bias(es)?(_|$)")
+# `bias`, `bias_ih`, `qkv_bias`, `biases`, `bias2`, `qkvBias`, but not `unbiased`.
+_BIAS = re.compile(r"((^|_)[bB]ias|[a-z]Bias)(es)?\d*(_|[A-Z]|$)")
 
 
 class _Place(NamedTuple):
@@ -169,7 +176,8 @@ def decay_mask(
         ```
     """
 
-    excluded, included = _patterns(exclude), _patterns(include)
+    excluded, included = _patterns("exclude", exclude), _patterns("include", include)
+    _check_types(skip_types)
 
     def verdict(place: _Place) -> bool:
         chosen = _chosen(place, predicate, excluded, included)
@@ -179,8 +187,24 @@ def decay_mask(
     return jtu.tree_map_with_path(lambda path, _: flags.get(path, False), model)
 
 
-def _patterns(patterns: _Patterns) -> tuple[Any, ...]:
-    return (patterns,) if isinstance(patterns, str | re.Pattern) else tuple(patterns)
+def _patterns(name: str, patterns: Any) -> tuple[re.Pattern[str], ...]:
+    is_one = isinstance(patterns, str | re.Pattern)
+    try:
+        return tuple(map(re.compile, (patterns,) if is_one else tuple(patterns)))
+    except (TypeError, re.error) as error:
+        raise ValueError(
+            f"`{name}` is {patterns!r}, but a regular expression or a sequence of such "
+            f"was expected ({error}). Brackets and dots of a path need a backslash."
+        ) from error
+
+
+def _check_types(skip_types: Any) -> None:
+    types = skip_types if isinstance(skip_types, tuple) else (skip_types,)
+    if not all(isinstance(cls, type) for cls in types):
+        raise TypeError(
+            f"`skip_types` is {describe(skip_types)}, but a class or a tuple of "
+            "classes was expected, for example `(eqx.nn.LayerNorm,)`."
+        )
 
 
 def _chosen(
@@ -211,17 +235,20 @@ def _by_rule(place: _Place, skip_types: Any) -> _Verdict:
     skipped = [type(x).__name__ for x in place.owners if isinstance(x, skip_types)]
     if skipped:
         return _Verdict(False, f"in a {skipped[-1]}")
-    if _BIAS.search(_field_name(place.path)):
+    if any(_BIAS.search(name) for name in _field_names(place)):
         return _Verdict(False, "a bias")
     rank = len(place.leaf.shape) - len(place.stack)
     stack = f", stacked {'x'.join(map(str, place.stack))} times" if place.stack else ""
     return _Verdict(rank >= 2, f"rank {rank}{stack}")
 
 
-def _field_name(path: Path) -> str:
-    """The innermost name in a path: attributes and dictionary keys have one."""
-    names = [getattr(key, "name", getattr(key, "key", None)) for key in path]
-    return next((name for name in reversed(names) if isinstance(name, str)), "")
+def _field_names(place: _Place) -> list[str]:
+    """The names in a path since the innermost module: that of its field, and those of
+    dictionary keys inside of it."""
+    modules = [i for i, x in enumerate(place.owners) if isinstance(x, eqx.Module)]
+    keys = place.path[modules[-1] if modules else 0 :]
+    names = [getattr(key, "name", getattr(key, "key", None)) for key in keys]
+    return [name for name in names if isinstance(name, str)]
 
 
 def _places(
@@ -240,9 +267,14 @@ def _places(
 
 
 def _stacked_axes(node: Any) -> tuple[int, ...]:
-    """The leading axes that all arrays of known rank below a node have in excess."""
+    """The leading axes that all arrays of known rank below a module have in excess, and
+    that all its other arrays have too: stacking a module stacks all that is in it."""
     known = list(_known_arrays(node))
-    return _common_prefix([x.shape[: max(len(x.shape) - rank, 0)] for x, rank in known])
+    if not (isinstance(node, eqx.Module) and known):
+        return ()
+    excess = [x.shape[: max(len(x.shape) - rank, 0)] for x, rank in known]
+    others = [x.shape for x in jtu.tree_leaves(node) if is_inexact_shape(x)]
+    return _common_prefix(excess + others)
 
 
 def _common_prefix(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
@@ -276,6 +308,8 @@ def _layer_ranks(node: Any) -> dict[str, int]:
         return {"weight": len(node.shape)}
     if isinstance(node, nn.GroupNorm | nn.BatchNorm):
         return {"weight": 1}
+    if isinstance(node, nn.PReLU):
+        return {"negative_slope": 0}
     return {}
 
 
@@ -288,11 +322,11 @@ def _declared_ranks(node: Any) -> dict[str, int]:
 
 def _declared_rank(annotation: Any) -> int | None:
     """The rank that an annotation such as `Float[Array, "dim"] | None` stands for."""
-    for hint in (annotation, *typing.get_args(annotation)):
-        dims = getattr(hint, "dim_str", None)
-        if isinstance(dims, str) and "*" not in dims and "..." not in dims:
-            return len(dims.split())
-    return None
+    hints = (annotation, *typing.get_args(annotation))
+    dims = [hint.dim_str for hint in hints if hasattr(hint, "dim_str")]
+    is_open = any("*" in text or "..." in text for text in dims)
+    ranks = {len(text.split()) for text in dims}
+    return ranks.pop() if len(ranks) == 1 and not is_open else None
 
 
 #

@@ -1,19 +1,21 @@
 """The paper's two schedules, as modules."""
 
 import math
+from numbers import Real
 from typing import Any, TypeAlias
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Real
+from jaxtyping import Array, Float, Shaped
 
-from ._checks import no_type_check
+from ._checks import describe, no_type_check
 from ._hyperparams import (
     HyperParam,
     HyperParamLike,
     decay,
+    decay_complement,
     finite,
     hyperparam,
     non_negative,
@@ -22,7 +24,7 @@ from ._hyperparams import (
 
 
 Step: TypeAlias = (
-    int | Real[Array, "*steps"] | Real[np.ndarray, "*steps"] | np.number[Any]
+    float | np.number[Any] | Shaped[Array, "*steps"] | Shaped[np.ndarray, "*steps"]
 )
 
 
@@ -33,7 +35,9 @@ class AlphaSchedule(eqx.Module):
     alpha_start: HyperParam
     warmup: HyperParam
     offset: HyperParam
+    begin: HyperParam = 0.0
 
+    @no_type_check
     def __call__(self, step: Step) -> Float[Array, "*steps"]:
         """**Arguments:**
 
@@ -43,8 +47,8 @@ class AlphaSchedule(eqx.Module):
 
         $\\alpha$ at these steps, in the default float.
         """
-        done = _progress(step, self.warmup, self.offset)
-        return (1.0 - done) * self.alpha_start + done * self.alpha
+        done = _progress(self, step)
+        return (1.0 - done) * wide(self.alpha_start) + done * wide(self.alpha)
 
 
 class Beta3Schedule(eqx.Module):
@@ -54,7 +58,9 @@ class Beta3Schedule(eqx.Module):
     beta_start: HyperParam
     warmup: HyperParam
     offset: HyperParam
+    begin: HyperParam = 0.0
 
+    @no_type_check
     def __call__(self, step: Step) -> Float[Array, "*steps"]:
         """**Arguments:**
 
@@ -64,28 +70,40 @@ class Beta3Schedule(eqx.Module):
 
         $\\beta_3$ at these steps, in the default float.
         """
-        done = _progress(step, self.warmup, self.offset)
-        return jnp.where(done < 1.0, jnp.exp(self._log(done)), self.beta_end)
+        done = _progress(self, step)
+        return jnp.where(done < 1.0, jnp.exp(self._log(done)), wide(self.beta_end))
 
+    @no_type_check
     def complement(self, step: Step) -> Float[Array, "*steps"]:
         r"""$1 - \beta_3$ at these steps, without the cancellation of computing it so.
 
         **Arguments:** and **Returns:** as for calling the schedule.
         """
-        done = _progress(step, self.warmup, self.offset)
-        return jnp.where(done < 1.0, -jnp.expm1(self._log(done)), 1.0 - self.beta_end)
+        done = _progress(self, step)
+        at_end = decay_complement("beta_end", self.beta_end)
+        return jnp.where(done < 1.0, -jnp.expm1(self._log(done)), at_end)
 
     def _log(self, done: Array) -> Array:
         start, end = _timescale(self.beta_start), _timescale(self.beta_end)
-        return -1.0 / ((1.0 - done) * start + done * end)
+        mixed = (1.0 - done) * start + done * end
+        # Twice, so that the derivative at b3 = 0 is no NaN.
+        safe = jnp.where(mixed > 0, mixed, 1.0)
+        return jnp.where(mixed > 0, -1.0 / safe, -jnp.inf)
 
 
-def _progress(step: Step, warmup: HyperParam, offset: HyperParam) -> Array:
-    """How much of the warm-up is over, from 0 to 1. Always 1 without a warm-up."""
+def _progress(schedule: AlphaSchedule | Beta3Schedule, step: Any) -> Array:
+    """How much of the warm-up is over, from 0 to 1. Always 1 without a warm-up. It
+    begins at `begin`, which is 0 but for schedules that `extend` made."""
+    if isinstance(step, bool) or not isinstance(step, jax.Array | np.ndarray | Real):
+        raise TypeError(
+            f"`step` is {describe(step)}, but a number or an array was expected: the "
+            "steps at which to evaluate the schedule."
+        )
     if not isinstance(step, jax.Array):
         step = jnp.asarray(np.asarray(step, np.float64), float)
-    t = wide(step) + offset
-    share = jnp.maximum(t, 0.0) / jnp.maximum(wide(warmup), 1.0)
+    t, begin = wide(step) + wide(schedule.offset), wide(schedule.begin)
+    warmup = wide(schedule.warmup)
+    share = jnp.maximum(t - begin, 0.0) / jnp.maximum(warmup - begin, 1.0)
     return jnp.where(t >= warmup, 1.0, share)
 
 
@@ -94,7 +112,9 @@ def _timescale(beta: HyperParam) -> HyperParam:
     half-lives."""
     if isinstance(beta, float):
         return -1.0 / math.log(beta) if beta > 0 else 0.0
-    return -1.0 / jnp.log(beta)
+    beta = wide(beta)
+    safe = jnp.where(beta > 0, beta, 0.5)
+    return jnp.where(beta > 0, -1.0 / jnp.log(safe), 0.0)
 
 
 @no_type_check

@@ -256,3 +256,45 @@ def test_two_counters():
         )
     assert max_error(params, ref.p) <= 1e-5
     assert (state.count, state.count_m2) == (55, 12)
+
+
+@pytest.mark.parametrize(
+    "b1,b2,b3", ((0.0, 0.0, 0.0), (0.3, 0.4, 0.2), (0.5, 0.6, 0.5))
+)
+@pytest.mark.parametrize("as_array", (False, True))
+@pytest.mark.parametrize("wide", (False, True))
+def test_small_decays(b1: float, b2: float, b3: float, as_array: bool, wide: bool):
+    """Gradients that shrink by six orders of magnitude: what a small decay forgets must
+    not be left behind as rounding."""
+    dtype, tolerance = (np.float64, 1e-12) if wide else (np.float32, 1e-5)
+    with x64() if wide else jax.numpy_dtype_promotion("strict"):
+        decays = [jnp.asarray(b) if as_array else b for b in (b1, b2, b3)]
+        optim = eqx_ademamix.AdEMAMix(1e-3, *decays, alpha=2.0)
+        p = jnp.ones(2, dtype)
+        state, ref = optim.init(p), reference_init(np.ones(2))
+        step = eqx.filter_jit(optim.update)
+        for t, g in enumerate((1e3, -2e3, 1e-3, 2e-3, 1e-3), start=1):
+            updates, state = step(jnp.full(2, g, dtype), state, p)
+            p = p + updates
+            b = [
+                float(np.float32(x)) if as_array and not wide else x
+                for x in (b1, b2, b3)
+            ]
+            ref = reference_step(
+                ref, np.full(2, g, dtype), t, lr=1e-3, b1=b[0], b2=b[1], b3=b[2],
+                alpha=2.0,
+            )  # fmt: skip
+            assert max_error(state.m2, ref.m2) <= tolerance
+            assert max_error(state.nu, ref.nu) <= tolerance
+        assert max_error(p, ref.p) <= tolerance
+
+
+def test_the_mask_sees_the_parameters():
+    """Also in `update`, where the gradients may have another dtype."""
+    params = {"w": jnp.ones(2, jnp.bfloat16), "v": jnp.ones(2)}
+    optim = eqx_ademamix.AdEMAMix(
+        1.0, weight_decay=0.5, weight_decay_mask=lambda x: x.dtype == jnp.bfloat16
+    )
+    grads = {"w": jnp.zeros(2), "v": jnp.zeros(2)}
+    updates, _ = optim.update(grads, optim.init(params), params)
+    assert jnp.all(updates["w"] == -0.5) and jnp.all(updates["v"] == 0.0)

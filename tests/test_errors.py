@@ -86,6 +86,25 @@ def donated_params() -> None:
     update(OPTIM, GRADS, STATE, model)
 
 
+def donated_optimizer() -> None:
+    optim = AdEMAMix(jnp.asarray(1e-3))
+    optim.learning_rate.delete()  # pyright: ignore
+    update(optim, GRADS, STATE, MODEL)
+
+
+def donated_hyperparams() -> None:
+    state = init(OPTIM, MODEL)
+    state.count.delete()
+    hyperparams(OPTIM, state)
+
+
+def deep(leaf: Any) -> Any:
+    """A tree of forty levels with a long name at each."""
+    for i in range(40):
+        leaf = {f"transformer_block_with_a_long_name_{i}": leaf}
+    return leaf
+
+
 BF16 = jnp.asarray(0.9, jnp.bfloat16)
 SHAPE = r"has shape \({}\), but the optimizer state has \({}\) there. Was `init` called"
 
@@ -106,6 +125,7 @@ CASES = (
     ("integers", grads(W0, jnp.ones((4, 3), int)), r"grads\.layers\[0\]\.weight is an int32 array of shape \(4, 3\), but a gradient is"),
     ("complex", grads(W0, jnp.ones((4, 3), complex)), r"grads\.layers\[0\]\.weight has dtype complex64, but the optimizer state is for a real parameter"),
     ("real", lambda: OPTIM.update(jnp.ones(2), OPTIM.init(jnp.ones(2, complex))), "grads has dtype float32, but the optimizer state is for a complex parameter"),
+    ("deep", lambda: OPTIM.update(deep(jnp.ones((2, 1))), OPTIM.init(deep(jnp.ones((2, 3))))), r"grads\['transformer_block.*\.\.\..*_0'\] has shape \(2, 1\)"),
     ("the model", lambda: update(OPTIM, MODEL, STATE, MODEL), r"grads\.activation is the function `relu`, but a gradient is an array .* Was the model passed as the gradients"),
     ("the model, jitted", lambda: eqx.filter_jit(update)(OPTIM, MODEL, STATE, MODEL), r"grads\.activation is the function `relu`"),
     ("swapped", lambda: update(OPTIM, STATE, GRADS, MODEL), "`grads` is an `AdEMAMixState`: were `grads` and `state` swapped"),
@@ -117,28 +137,36 @@ CASES = (
     ("of another model, no params", lambda: update(OPTIM, GRADS, init(OPTIM, SWAPPED)), r"grads\.layers\[0\]\.weight " + SHAPE.format("4, 3", "5, 3")),
     ("of another class", lambda: update(OPTIM, GRADS, optax.adam(1e-3).init(GRADS), MODEL), "`state` is a tuple of length 2, but an `AdEMAMixState` was expected"),
     ("no state", lambda: update(OPTIM, GRADS, None, MODEL), "`state` is None, but an `AdEMAMixState` was expected"),
-    ("of b1=0", lambda: update(OPTIM, GRADS, init(AdEMAMix(1, b1=0), MODEL), MODEL), r"state\.m1\.layers\[0\]\.weight is None, but state\.m2\.layers\[0\]\.weight is a float32 array"),
+    ("of b1=0", lambda: update(OPTIM, GRADS, init(AdEMAMix(1, b1=0), MODEL), MODEL), r"state\.m1\.layers\[0\]\.weight is None, but state\.m2 has a float32 array"),
     ("for b1=0", lambda: update(AdEMAMix(1, b1=0), GRADS, STATE, MODEL), r"state\.m1\.layers\[0\]\.weight holds a moment, but an optimizer with `b1=0` stores no `m1`"),
     ("of another format", lambda: update(AdEMAMix(1, state_format=StateFormat(jnp.bfloat16, jnp.float32, jnp.float32)), GRADS, STATE, MODEL), r"state\.m1\.layers\[0\]\.weight has dtype float32, but bfloat16 was expected for this parameter and `state_format`"),
-    ("m1 of another shape", state(lambda s: W0(s.m1), jnp.ones((4, 1))), r"state\.m1\.layers\[0\]\.weight is a float32 array of shape \(4, 1\), but state\.m2\.layers\[0\]\.weight is a float32 array of shape \(4, 3\)"),
-    ("m2 of another shape", state(lambda s: W0(s.m2), jnp.ones(())), r"state\.m2\.layers\[0\]\.weight is a float32 array of shape \(\), but state\.nu\.layers"),
-    ("nu of another shape", state(lambda s: B2(s.nu), jnp.ones((2, 2))), r"state\.m2\.layers\[2\]\.bias is a float32 array of shape \(2,\), but state\.nu\.layers\[2\]\.bias is a float32 array of shape \(2, 2\)"),
+    ("m1 of another shape", state(lambda s: W0(s.m1), jnp.ones((4, 1))), r"state\.m1\.layers\[0\]\.weight is a float32 array of shape \(4, 1\), but state\.m2 has a float32 array of shape \(4, 3\)"),
+    ("m2 of another shape", state(lambda s: W0(s.m2), jnp.ones(())), r"state\.m2\.layers\[0\]\.weight is a float32 array of shape \(\), but state\.nu has"),
+    ("nu of another shape", state(lambda s: B2(s.nu), jnp.ones((2, 2))), r"state\.m2\.layers\[2\]\.bias is a float32 array of shape \(2,\), but state\.nu has a float32 array of shape \(2, 2\)"),
     ("m1 of another dtype", state(lambda s: W0(s.m1), jnp.ones((4, 3), jnp.bfloat16)), r"state\.m1\.layers\[0\]\.weight has dtype bfloat16, but float32 was expected"),
     ("m2 of another dtype", state(lambda s: B2(s.m2), jnp.ones(2, jnp.float16)), r"state\.m2\.layers\[2\]\.bias has dtype float16, but float32 was expected"),
     ("nu of another dtype", state(lambda s: B2(s.nu), jnp.ones(2, int)), r"state\.nu\.layers\[2\]\.bias has dtype int32, but float32 was expected"),
     ("nu complex", state(lambda s: B2(s.nu), jnp.ones(2, complex)), r"state\.nu\.layers\[2\]\.bias has dtype complex64, but float32 was expected"),
-    ("m2 None", state(lambda s: B2(s.m2), None), r"state\.m2\.layers\[2\]\.bias is None, but state\.nu\.layers\[2\]\.bias is a float32 array"),
+    ("m2 None", state(lambda s: B2(s.m2), None), r"state\.m2\.layers\[2\]\.bias is None, but state\.nu has a float32 array"),
     ("m2 a function", state(lambda s: B2(s.m2), jnp.tanh), r"state\.m2\.layers\[2\]\.bias is the function `tanh`, but state\.nu"),
-    ("m1 of another structure", state(lambda s: s.m1, [jnp.ones(2)]), r"state\.m1 is a list of length 1, but state\.m2 is a `MLP`: the moments of one"),
+    ("m1 of another structure", state(lambda s: s.m1, [jnp.ones(2)]), r"state\.m1 is a list of length 1, but state\.m2 has a `MLP` there: the moments of one"),
     ("count a float", state(lambda s: s.count, jnp.asarray(1.0)), r"state\.count is a float32 array of shape \(\), but an int32 array of shape \(\) was expected"),
     ("batched", lambda: update(OPTIM, GRADS, eqx.filter_vmap(lambda _: init(OPTIM, MODEL))(jnp.ones(2)), MODEL), r"state\.count is an int32 array of shape \(2,\), .* `eqx.filter_vmap\(update\)`"),
     ("donated", donated, r"state\.count has been deleted: its buffer was donated"),
     ("donated parameters", donated_params, r"params\.layers\[0\]\.weight has been deleted"),
+    ("donated optimizer", donated_optimizer, r"optim\.learning_rate has been deleted"),
+    ("donated, hyperparams", donated_hyperparams, r"state\.count has been deleted"),
+    ("numbers in place of arrays", lambda: update(OPTIM, GRADS, jax.tree.map(lambda _: 0, STATE), MODEL), "state.count is the int 0, but an int32 array"),
+    ("numbers in all moments", lambda: update(OPTIM, GRADS, put(STATE, lambda s: (W0(s.m1), W0(s.m2), W0(s.nu)), (0, 0, 0)), MODEL), r"state\.m2\.layers\[0\]\.weight is the int 0, but state\.nu has the int 0 there: the moments of one parameter are arrays"),
     ("hyperparams of no state", lambda: hyperparams(OPTIM, MODEL), "`state` is a `MLP`, but an `AdEMAMixState`"),
     # parameters
     ("of another model", params(SWAPPED), r"params\.layers\[0\]\.weight " + SHAPE.format("5, 3", "4, 3")),
     ("of another structure", params([jnp.ones(3)]), "params is a list of length 1, but the optimizer state has a `MLP` there"),
     ("lost a leaf", params(put(MODEL, W0, None)), r"params\.layers\[0\]\.weight is None, but the optimizer state has a float32 array"),
+    ("a number", params(3), "params is the int 3, but the optimizer state has a `MLP` there"),
+    ("integers", params(jax.tree.map(lambda x: x.astype(int) if eqx.is_array(x) else x, MODEL)), r"params\.layers\[0\]\.weight is an int32 array of shape \(4, 3\), but the optimizer state has a float32"),
+    ("another key", lambda: OPTIM.update({"a": jnp.ones(2), "z": jnp.ones(2)}, OPTIM.init({"a": jnp.ones(2), "b": jnp.ones(2)})), "grads is a dict without the key 'b', but the optimizer state has one with it there"),
+    ("one key more", lambda: OPTIM.update({"a": jnp.ones(2), "z": jnp.ones(2)}, OPTIM.init({"a": jnp.ones(2)})), "grads is a dict with the key 'z', but the optimizer state has one without it there"),
     ("missing", lambda: update(DECAYING, GRADS, init(DECAYING, MODEL)), "`params` is missing, but `weight_decay` is on"),
     ("missing for an array", lambda: update(AdEMAMix(1, weight_decay=jnp.asarray(0.0)), GRADS, STATE), "`params` is missing, but `weight_decay` is on"),
     ("nothing inexact", lambda: init(OPTIM, {"n": 3, "f": jnp.tanh, "i": jnp.ones(2, int)}), "`params` has 3 leaves, but none of them is a floating-point or complex array"),
@@ -164,7 +192,7 @@ CASES = (
     ("b1 of 1", make(1e-3, b1=1.0), r"`b1` is 1.0, but a number in \[0, 1\) was expected"),
     ("b2 negative", make(1e-3, b2=-0.1), r"`b2` is -0.1, but a number in \[0, 1\)"),
     ("b3 over 1", make(1e-3, b3=jnp.asarray(1.5)), r"`b3` is 1.5, but a number in \[0, 1\)"),
-    ("b3 rounds to 1", make(1e-3, b3=np.asarray(1 - 1e-9)), r"`b3` is 1.0, but a number in \[0, 1\)"),
+    ("b3 rounds to 1", make(1e-3, b3=np.asarray(1 - 1e-9)), r"`b3` is 0.999999999 \(1.0 in float32\), but a number in \[0, 1\)"),
     ("alpha negative", make(1e-3, alpha=-1), "`alpha` is -1.0, but a finite number >= 0"),
     ("alpha infinite", make(1e-3, alpha=float("inf")), "`alpha` is inf, but a finite number >= 0"),
     ("learning rate NaN", make(float("nan")), "`learning_rate` is nan, but a finite number was expected"),
@@ -183,11 +211,17 @@ CASES = (
     ("16-bit b1", make(1e-3, b1=BF16), "`b1` is a bfloat16 array of shape .*hyperparam_dtype=jnp.float32"),
     ("16-bit b2", make(1e-3, b2=np.float16(0.9)), "`b2` is a float16 array of shape .*0.9999 rounds to 1 in float16"),
     ("16-bit b3", make(1e-3, b3=BF16), "`b3` is a bfloat16 array"),
+    ("too large for float32", make(1e39), r"`learning_rate` is 1e\+39 \(inf in float32\), but a finite number"),
+    ("an int too large", make(1e-3, alpha=10**400), "`alpha` is inf, but a finite number >= 0"),
+    ("swapped schedules", make(1e-3, b3=eqx_ademamix.alpha_scheduler(1.0)), "`b3` is an `AlphaSchedule`, .* swapped"),
+    ("8-bit b1", make(1e-3, b1=jnp.asarray(0.5, jnp.float8_e4m3fn)), "`b1` is a float8_e4m3fn array"),
     ("format", make(1e-3, state_format=jnp.float32), "`state_format` is .*, but a `StateFormat` was expected"),
     ("format of integers", lambda: StateFormat(jnp.int8, jnp.float32, jnp.float32), r"`StateFormat\(m1=...\)` is .*, but one of the dtypes float16, bfloat16"),
     ("format of nothing", lambda: StateFormat(None, None, None), r"`StateFormat\(m1=...\)` is None"),
     ("format of float64", lambda: StateFormat(jnp.float32, jnp.float64, jnp.float32), "is float64, but JAX has 64-bit types disabled"),
     # schedules
+    ("16-bit b3", scheduled("b3", lambda count: BF16), r"`b3\(count\)` is a bfloat16 array"),
+    ("16-bit b3 since", lambda: update(eqx.tree_at(lambda o: o.b3, OPTIM, BF16), GRADS, STATE), "`b3` is a bfloat16 array"),
     ("alpha of shape (3,)", scheduled("alpha", lambda count: jnp.ones(3)), r"`alpha\(count\)` has shape \(3,\), but a scalar was expected"),
     ("learning rate None", scheduled("learning_rate", lambda count: None), r"`learning_rate\(count\)` is None, but a real number was expected"),
     ("b3 complex", scheduled("b3", lambda count: jnp.asarray(1j)), r"`b3\(count\)` has dtype complex64"),
@@ -212,7 +246,7 @@ JITTED = (
     ("integers", lambda g, s, p: (put(g, W0, jnp.ones((4, 3), int)), s, p), r"grads\.layers\[0\]\.weight is an int32"),
     ("swapped", lambda g, s, p: (s, g, p), "were `grads` and `state` swapped"),
     ("state dtype", lambda g, s, p: (g, put(s, lambda s: W0(s.m2), jnp.ones((4, 3), jnp.bfloat16)), p), r"state\.m2\.layers\[0\]\.weight has dtype bfloat16"),
-    ("state shape", lambda g, s, p: (g, put(s, lambda s: W0(s.nu), jnp.ones((3,))), p), r"state\.nu\.layers\[0\]\.weight is a float32 array of shape \(3,\)"),
+    ("state shape", lambda g, s, p: (g, put(s, lambda s: W0(s.nu), jnp.ones((3,))), p), r"state\.m2\.layers\[0\]\.weight is .*, but state\.nu has a float32 array of shape \(3,\)"),
     ("no params", lambda g, s, p: (g, s, None), "`params` is missing"),
     ("other params", lambda g, s, p: (g, s, SWAPPED), r"params\.layers\[0\]\.weight has shape \(5, 3\)"),
 )  # fmt: skip

@@ -307,3 +307,37 @@ def test_a_callable_sees_only_trained_arrays(getkey: Any):
     optim = AdEMAMix(0.1, weight_decay=0.5, trainable=spec, weight_decay_mask=mask)
     eqx_ademamix.init(optim, model)
     assert seen_by_mask and all(x.ndim >= 2 for x in seen_by_mask)
+
+
+def test_what_only_looks_stacked(getkey: Any):
+    """An array of four rows beside a stack of four layers is no part of the stack."""
+
+    class Model(eqx.Module):
+        embedding: eqx.nn.Embedding
+        position: jax.Array
+        layers: eqx.nn.Linear
+
+    stack = eqx.filter_vmap(lambda key: eqx.nn.Linear(3, 3, key=key))
+    layers = stack(jax.random.split(getkey(), 4))
+    model = Model(eqx.nn.Embedding(50, 4, key=getkey()), jnp.ones((4, 16)), layers)
+    assert decayed(model) == {".embedding.weight", ".position", ".layers.weight"}
+    assert decayed({"out": jnp.ones((4, 10)), "layers": layers}) == {
+        "['out']",
+        "['layers'].weight",
+    }
+
+
+@pytest.mark.parametrize(
+    "kwargs,text",
+    (
+        ({"exclude": "["}, r"`exclude` is '\[', but a regular expression"),
+        ({"include": 3}, "`include` is 3, but a regular expression"),
+        (
+            {"skip_types": eqx.nn.LayerNorm(3)},
+            "`skip_types` is a `LayerNorm`, but a class",
+        ),
+    ),
+)
+def test_bad_arguments(kwargs: Any, text: str):
+    with pytest.raises((ValueError, TypeError), match=text):
+        decay_mask(make_mlp(), **kwargs)

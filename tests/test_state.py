@@ -334,3 +334,49 @@ def test_eval_shape(getkey: Any):
     assert jax.tree.map(lambda x: (x.shape, x.dtype), shapes) == jax.tree.map(
         lambda x: (x.shape, x.dtype), state
     )
+
+
+def test_a_state_of_numpy_arrays():
+    """As some checkpoint libraries and `jax.device_get` return it."""
+    model, optim = make_mlp(), AdEMAMix(1e-2, **SCHEDULES)
+    grads = eqx.filter_grad(loss_of_arrays)(model)
+    _, state = optim.update(grads, optim.init(model), model)
+    on_host = jax.device_get(state)
+    assert_trees_close(
+        optim.update(grads, on_host, model), optim.update(grads, state, model), 0.0
+    )
+    assert_trees_close(
+        eqx_ademamix.hyperparams(optim, on_host),
+        eqx_ademamix.hyperparams(optim, state),
+        0.0,
+    )
+
+
+@pytest.mark.parametrize(
+    "optim",
+    (
+        AdEMAMix(1e-3, weight_decay=0.1, weight_decay_mask={"w": True, "b": False}),
+        AdEMAMix(jnp.asarray(1e-3), b2=jnp.asarray(0.99), **SCHEDULES),
+    ),
+)
+def test_plain_jit_of_the_methods(optim: Any):
+    params = {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}
+    state = jax.jit(optim.init)(params)
+    updates, state = jax.jit(optim.update)(params, state, params)
+    expected = optim.update(params, optim.init(params), params)
+    assert_trees_close((updates, state), expected, 1e-6)
+    assert hash(optim) == hash(jax.tree.map(lambda x: x, optim))
+
+
+def test_no_gradient_for_a_frozen_part():
+    """`None` for a whole frozen layer, as `eqx.partition` by a prefix leaves it."""
+    model = make_mlp()
+    spec = eqx.tree_at(
+        lambda m: m.layers, jax.tree.map(lambda _: False, model), (False, True, True)
+    )
+    optim = AdEMAMix(1e-2, trainable=spec, weight_decay=0.1)
+    grads = eqx.filter_grad(loss_of_arrays)(model)
+    state = eqx_ademamix.init(optim, model)
+    expected = eqx_ademamix.update(optim, grads, state, model)
+    pruned = eqx.tree_at(lambda m: m.layers[0], grads, None)
+    assert_trees_close(eqx_ademamix.update(optim, pruned, state, model), expected, 0.0)

@@ -1,0 +1,130 @@
+"""A new length for the warm-ups in the middle of a run."""
+
+import math
+from typing import Any
+
+import equinox as eqx
+import jax
+import numpy as np
+from jax.core import Tracer
+
+from ._ademamix import AdEMAMix, AdEMAMixState
+from ._checks import check_optimizer, check_state_type, describe, no_type_check
+from ._hyperparams import hyperparam, is_schedule, non_negative, wide
+from ._schedules import AlphaSchedule, Beta3Schedule
+
+
+@no_type_check
+def extend(optim: AdEMAMix, state: AdEMAMixState, *, warmup: float) -> AdEMAMix:
+    r"""Gives the warm-ups of $\alpha$ and $\beta_3$ a new length, without a jump.
+
+    The schedules of the returned optimizer go on from their present values, linear in
+    $\alpha$ and in the half-life of $\beta_3$ as before, and reach the same final
+    values when `state.count_m2` comes to the new length. Use it when a run turns out to
+    be longer, or shorter, than was planned.
+
+    **Arguments:**
+
+    - `optim`: the optimizer, whose `alpha` or `b3` (or both) are an
+        [`eqx_ademamix.alpha_scheduler`][] or [`eqx_ademamix.beta3_scheduler`][]. A
+        constant stays what it is.
+    - `state`: its state, with concrete counters: call this outside of `jit`.
+    - `warmup`: the new length, counted from the beginning of the run as at
+        construction. The present values are computed in float64.
+
+    **Returns:**
+
+    The optimizer with its new schedules; the state goes with it as it is.
+
+    **Raises:**
+
+    - `ValueError`: if there is no schedule or an unknown one, if that many steps have
+        been taken already, or if the counter is traced.
+
+    !!! Example
+
+        ```python
+        import jax.numpy as jnp
+        import eqx_ademamix
+
+        optim = eqx_ademamix.AdEMAMix(
+            1e-3, alpha=eqx_ademamix.alpha_scheduler(8.0, warmup=1000)
+        )
+        state = eqx_ademamix.init(optim, jnp.ones(3))
+        optim = eqx_ademamix.extend(optim, state, warmup=2000)
+        assert optim.alpha(2000) == 8.0
+        ```
+    """
+    check_optimizer(optim, AdEMAMix)
+    check_state_type(state, None, AdEMAMixState)
+    length = hyperparam("warmup", warmup, non_negative)
+    count = _concrete_count(state.count_m2)
+    if not (is_schedule(optim.b3) or is_schedule(optim.alpha)):
+        raise ValueError(
+            "`optim` has neither a schedule for `b3` nor one for `alpha`, so there is "
+            "no warm-up to extend."
+        )
+    b3 = _extended("b3", optim.b3, count, length)
+    alpha = _extended("alpha", optim.alpha, count, length)
+    return eqx.tree_at(lambda o: (o.b3, o.alpha), optim, (b3, alpha))
+
+
+def _concrete_count(count: Any) -> int:
+    if isinstance(count, Tracer) or np.shape(count) != ():
+        raise ValueError(
+            f"state.count_m2 is {describe(count)}, but a concrete counter of shape () "
+            "was expected. Call `extend` outside of `jit` and `vmap`."
+        )
+    return int(count)
+
+
+def _extended(name: str, schedule: Any, count: int, length: Any) -> Any:
+    if not is_schedule(schedule):
+        return schedule
+    if not isinstance(schedule, AlphaSchedule | Beta3Schedule):
+        raise ValueError(
+            f"`{name}` is {describe(schedule)}, but `extend` knows only the schedules "
+            "of `alpha_scheduler` and `beta3_scheduler`. Make a new schedule and put "
+            f"it in with `eqx.tree_at(lambda o: o.{name}, optim, schedule)`."
+        )
+    now = count + float(schedule.offset)
+    if float(length) <= now:
+        raise ValueError(
+            f"`warmup` is {float(length):.0f}, but {now:.0f} steps of the warm-up of "
+            f"`{name}` have been taken already. Pass a larger number, counted from the "
+            "beginning of the run."
+        )
+    done = _done(schedule, now)
+    if isinstance(schedule, AlphaSchedule):
+        start, end = float(schedule.alpha_start), float(schedule.alpha)
+        value = (1 - done) * start + done * end
+        where = lambda s: (s.alpha_start, s.begin, s.warmup)
+        old: Any = schedule.alpha_start
+    else:
+        value = _beta3(float(schedule.beta_start), float(schedule.beta_end), done)
+        where = lambda s: (s.beta_start, s.begin, s.warmup)
+        old = schedule.beta_start
+    new = (
+        _kind(value, old),
+        _kind(now, schedule.begin),
+        _kind(length, schedule.warmup),
+    )
+    return eqx.tree_at(where, schedule, new)
+
+
+def _done(schedule: AlphaSchedule | Beta3Schedule, now: float) -> float:
+    begin, warmup = float(schedule.begin), float(schedule.warmup)
+    return 1.0 if now >= warmup else max(now - begin, 0.0) / max(warmup - begin, 1.0)
+
+
+def _beta3(start: float, end: float, done: float) -> float:
+    timescale = lambda beta: -1 / math.log(beta) if beta > 0 else 0.0
+    if done >= 1:
+        return end
+    mixed = (1 - done) * timescale(start) + done * timescale(end)
+    return math.exp(-1 / mixed) if mixed > 0 else 0.0
+
+
+def _kind(value: Any, old: Any) -> Any:
+    """A traced leaf stays traced, a static one static."""
+    return wide(value) if isinstance(old, jax.Array) else float(value)
