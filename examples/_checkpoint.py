@@ -1,0 +1,64 @@
+"""Checkpoints: one line of JSON, then the arrays of a PyTree, in one file."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+import equinox as eqx
+
+
+Tree = TypeVar("Tree")
+Json = dict[str, Any]
+
+
+class CheckpointError(Exception):
+    """A checkpoint is missing, is damaged, or belongs to another run."""
+
+
+def save(path: Path, header: Json, tree: Any) -> None:
+    """Writes a checkpoint: all of it, or none, whatever happens meanwhile."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(json.dumps(header).encode() + b"\n")
+            eqx.tree_serialise_leaves(file, tree)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(path: Path, settings: Json, like: Tree) -> tuple[Json, Tree]:
+    """Reads the header and the tree of a checkpoint, which must have been made with the
+    same settings: the entry "settings" of its header."""
+    if not path.is_file():
+        raise CheckpointError(f"There is no checkpoint {path} to resume from.")
+    with path.open("rb") as file:
+        header = _read_header(path, file)
+        _check_settings(path, header["settings"], settings)
+        try:
+            return header, eqx.tree_deserialise_leaves(file, like)
+        except (ValueError, RuntimeError, EOFError, OSError) as error:
+            raise CheckpointError(f"{path} is damaged.") from error
+
+
+def _read_header(path: Path, file: BinaryIO) -> Json:
+    try:
+        header = json.loads(file.readline())
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not a checkpoint.") from error
+    if not isinstance(header, dict) or "settings" not in header:
+        raise CheckpointError(f"{path} is not a checkpoint.")
+    return header
+
+
+def _check_settings(path: Path, found: Json, expected: Json) -> None:
+    names = [name for name in expected if found.get(name) != expected[name]]
+    if names:
+        changes = ", ".join(f"{n}={found.get(n)} (now {expected[n]})" for n in names)
+        raise CheckpointError(
+            f"Cannot resume from {path}, which was made with other settings: {changes}."
+        )
