@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 import equinox as eqx
+import jax
 
 
 Tree = TypeVar("Tree")
@@ -40,9 +41,11 @@ def load(path: Path, settings: Json, like: Tree) -> tuple[Json, Tree]:
         header = _read_header(path, file)
         _check_settings(path, header["settings"], settings)
         try:
-            return header, eqx.tree_deserialise_leaves(file, like)
+            tree = eqx.tree_deserialise_leaves(file, like)
         except (ValueError, RuntimeError, EOFError, OSError) as error:
             raise CheckpointError(f"{path} is damaged.") from error
+    # The arrays may still lie in memory that NumPy owns. Copies can safely be donated.
+    return header, jax.tree.map(lambda x: x.copy() if eqx.is_array(x) else x, tree)
 
 
 def _read_header(path: Path, file: BinaryIO) -> Json:
