@@ -3,7 +3,7 @@
 import json
 import os
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
@@ -32,36 +32,35 @@ def save(path: Path, header: Json, tree: Any) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def load(path: Path, settings: Json, like: Tree) -> tuple[Json, Tree]:
-    """Reads the header and the tree of a checkpoint, which must have been made with the
-    same settings: the entry "settings" of its header."""
+def read_header(path: Path) -> Json:
     if not path.is_file():
         raise CheckpointError(f"There is no checkpoint {path} to resume from.")
     with path.open("rb") as file:
-        header = _read_header(path, file)
-        _check_settings(path, header["settings"], settings)
+        try:
+            return dict(json.loads(file.readline()))
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"{path} is not a checkpoint.") from error
+
+
+def check_settings(path: Path, settings: Json) -> None:
+    """Complains unless there is a checkpoint whose header has these "settings"."""
+    found = read_header(path).get("settings", {})
+    names = [name for name in settings if found.get(name) != settings[name]]
+    if names:
+        changes = ", ".join(f"{n}={found.get(n)} (now {settings[n]})" for n in names)
+        raise CheckpointError(
+            f"Cannot resume from {path}, which was made with other settings: {changes}."
+        )
+
+
+def load(path: Path, like: Tree) -> tuple[Json, Tree]:
+    """Reads the header and the tree of a checkpoint."""
+    header = read_header(path)
+    with path.open("rb") as file:
+        file.readline()
         try:
             tree = eqx.tree_deserialise_leaves(file, like)
         except (ValueError, RuntimeError, EOFError, OSError) as error:
             raise CheckpointError(f"{path} is damaged.") from error
     # The arrays may still lie in memory that NumPy owns. Copies can safely be donated.
     return header, jax.tree.map(lambda x: x.copy() if eqx.is_array(x) else x, tree)
-
-
-def _read_header(path: Path, file: BinaryIO) -> Json:
-    try:
-        header = json.loads(file.readline())
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not a checkpoint.") from error
-    if not isinstance(header, dict) or "settings" not in header:
-        raise CheckpointError(f"{path} is not a checkpoint.")
-    return header
-
-
-def _check_settings(path: Path, found: Json, expected: Json) -> None:
-    names = [name for name in expected if found.get(name) != expected[name]]
-    if names:
-        changes = ", ".join(f"{n}={found.get(n)} (now {expected[n]})" for n in names)
-        raise CheckpointError(
-            f"Cannot resume from {path}, which was made with other settings: {changes}."
-        )

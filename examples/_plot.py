@@ -4,13 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
 import numpy as np
 from jaxtyping import Float
-
-
-matplotlib.use("Agg")  # draws into files, without a display
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 
 class Curve(NamedTuple):
@@ -26,19 +22,27 @@ class Curve(NamedTuple):
 def plot_losses(path: Path, curves: Sequence[Curve]) -> None:
     """Draws smoothed training losses and validation losses over the steps."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure, axes = plt.subplots(figsize=(7.2, 4.2), layout="constrained")
-    for curve, color in zip(curves, ("tab:blue", "tab:orange"), strict=False):
-        steps, losses = smooth(curve.train)
-        axes.plot(steps, losses, color=color, alpha=0.35, linewidth=1)
+    figure = Figure(figsize=(7.2, 4.4), layout="constrained")
+    axes = figure.subplots()
+    closeup = axes.inset_axes((0.5, 0.34, 0.48, 0.34))
+    colors = ("tab:gray", "tab:red")[-len(curves) :]
+    for curve, color in zip(curves, colors, strict=True):
+        axes.plot(*smooth(curve.train), color=color, alpha=0.4, linewidth=1)
         steps, losses = zip(*curve.validation, strict=True)
-        label = f"{curve.label}: {losses[-1]:.3f}"
-        axes.plot(steps, losses, color=color, marker="o", markersize=3.5, label=label)
+        label = f"{curve.label}: {losses[-1]:.4f}"
+        axes.plot(steps, losses, "o-", color=color, markersize=3.5, label=label)
+        half = len(steps) // 2
+        closeup.plot(steps[half:], losses[half:], "o-", color=color, markersize=3.5)
+
+    losses = [loss for curve in curves for _, loss in curve.validation]
+    axes.set_ylim(top=1.1 * max(losses))  # cuts off the first few steps
     axes.set(xlabel="step", ylabel="loss (nats a byte)")
-    axes.grid(alpha=0.3)
-    axes.legend(title="validation loss (faint: training loss)")
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(title="validation loss  (thin: training loss)", frameon=False)
+    closeup.set_title("validation loss, second half", fontsize="medium")
+    for each in (axes, closeup):
+        each.grid(alpha=0.3)
+        each.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def smooth(losses: Sequence[float]) -> tuple[Float[np.ndarray, " points"], ...]:

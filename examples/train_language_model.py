@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
-from _checkpoint import CheckpointError, load, save
+from _checkpoint import CheckpointError, check_settings, load, save
 from _config import Config
 from _interrupt import Interrupt, Interrupted
 from _plot import Curve, plot_losses
@@ -120,8 +120,11 @@ class Run:
     """One training: the model, the optimizer's state and the losses up to now."""
 
     def __init__(self, config: Config, text: Text):
-        self.config = config
-        self.text = text
+        self.config, self.text = config, text
+        self.settings = {**config.settings, "text": text.fingerprint}
+        self.checkpoint = config.out / f"{config.optimizer}.eqx"
+        if config.resume:
+            check_settings(self.checkpoint, self.settings)
         key = jax.random.key(config.seed)
         self.model = Transformer(
             config.width, config.depth, config.heads, config.context, key=key
@@ -130,8 +133,6 @@ class Run:
         self.state = eqx_ademamix.init(self.optim, self.model)
         self.train_losses: list[float | Array] = []  # of each step
         self.validation_losses: list[tuple[int, float]] = []  # pairs (step, loss)
-        self.settings = {**config.settings, "text": text.fingerprint}
-        self.checkpoint = config.out / f"{config.optimizer}.eqx"
 
     def save(self) -> None:
         self.train_losses = [float(loss) for loss in self.train_losses]
@@ -145,7 +146,7 @@ class Run:
 
     def resume(self) -> None:
         like = (self.model, self.state)
-        header, (self.model, self.state) = load(self.checkpoint, self.settings, like)
+        header, (self.model, self.state) = load(self.checkpoint, like)
         self.train_losses = header["train_losses"]
         self.validation_losses = [(i, loss) for i, loss in header["validation_losses"]]
 
