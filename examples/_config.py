@@ -6,7 +6,10 @@ from typing import Literal
 
 
 OptimizerName = Literal["adamw", "ademamix"]
-_LEARNING_RATES: dict[OptimizerName, float] = {"adamw": 4e-3, "ademamix": 2e-3}
+
+# The best of four, each twice the one before: of 2e-3 to 16e-3 for AdamW, of 1e-3 to
+# 8e-3 for AdEMAMix, by the validation loss at the default settings.
+_LEARNING_RATES: dict[OptimizerName, float] = {"adamw": 8e-3, "ademamix": 8e-3}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +32,7 @@ class Config:
     steps: int = 8000
     """The number of steps, which all schedules span."""
     learning_rate: float | None = None
-    """The peak of the learning rate. By default 2e-3 for AdEMAMix, 4e-3 for AdamW."""
+    """The peak of the learning rate. By default 8e-3, which is good for both."""
     alpha: float = 5.0
     """AdEMAMix: the final weight of the slow average of the gradients."""
     b3: float = 0.999

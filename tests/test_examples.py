@@ -142,7 +142,7 @@ def test_compare_trains_both_and_ends_with_ademamix(tmp_path):
     rows = [line.split() for line in process.stdout.splitlines()]
     [adamw] = [row for row in rows if row[:1] == ["AdamW"]]
     [ademamix] = [row for row in rows if row[:1] == ["AdEMAMix"]]
-    assert adamw[1] == "0.004" and ademamix[1] == "0.002"
+    assert adamw[1] == ademamix[1] == "0.008"
     assert rows[-1] == ["validation", "loss:", ademamix[2]]
 
 
