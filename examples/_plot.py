@@ -24,7 +24,7 @@ def plot_losses(path: Path, curves: Sequence[Curve]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure = Figure(figsize=(7.2, 4.4), layout="constrained")
     axes = figure.subplots()
-    closeup = axes.inset_axes((0.5, 0.34, 0.48, 0.34))
+    closeup = axes.inset_axes((0.52, 0.46, 0.46, 0.27))
     colors = ("tab:gray", "tab:red")[-len(curves) :]
     for curve, color in zip(curves, colors, strict=True):
         axes.plot(*smooth(curve.train), color=color, alpha=0.4, linewidth=1)
@@ -35,7 +35,7 @@ def plot_losses(path: Path, curves: Sequence[Curve]) -> None:
         closeup.plot(steps[half:], losses[half:], "o-", color=color, markersize=3.5)
 
     losses = [loss for curve in curves for _, loss in curve.validation]
-    axes.set_ylim(top=1.1 * max(losses))  # cuts off the first few steps
+    axes.set_ylim(top=1.15 * max(losses))  # cuts off the first few steps
     axes.set(xlabel="step", ylabel="loss (nats a byte)")
     axes.legend(title="validation loss  (thin: training loss)", frameon=False)
     closeup.set_title("validation loss, second half", fontsize="medium")
