@@ -1,0 +1,249 @@
+"""Trains a byte-level transformer with AdEMAMix, on a CPU in a few minutes.
+
+For the options: `python examples/train_language_model.py --help`.
+"""
+
+import dataclasses
+import sys
+from typing import Any, TypeAlias
+
+import equinox as eqx
+import eqx_ademamix
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from _checkpoint import CheckpointError, check_settings, load, save
+from _config import Config
+from _interrupt import Interrupt, Interrupted
+from _plot import Curve, plot_losses
+from _text import (
+    DataError,
+    Text,
+    Windows,
+    read_text,
+    training_batch,
+    validation_batches,
+)
+from _transformer import Transformer, generate
+from jaxtyping import Array, Float, PyTree
+from tqdm import tqdm
+
+
+Optimizer: TypeAlias = eqx_ademamix.AbstractOptimizer[Any]
+TITLES = {"adamw": "AdamW", "ademamix": "AdEMAMix"}
+REPORT_EVERY = 50  # steps
+NUM_EVALUATIONS = 16  # after each of which a checkpoint is written
+
+
+#
+# The optimizers
+#
+
+
+class FromOptax(eqx_ademamix.AbstractOptimizer[optax.OptState]):
+    """An optax optimizer that takes whole models, as AdEMAMix does by itself."""
+
+    transformation: optax.GradientTransformation
+
+    def init(self, params: PyTree) -> optax.OptState:
+        return self.transformation.init(eqx.filter(params, eqx.is_inexact_array))
+
+    def update(
+        self, grads: PyTree, state: optax.OptState, params: PyTree | None = None
+    ) -> tuple[PyTree, optax.OptState]:
+        params = eqx.filter(params, eqx.is_inexact_array)
+        return self.transformation.update(grads, state, params)
+
+
+def make_schedule(config: Config) -> optax.Schedule:
+    """A linear warm-up of the learning rate, then a cosine down to 1 % of its peak."""
+    peak, steps = config.peak_learning_rate, config.steps
+    return optax.warmup_cosine_decay_schedule(
+        0.0, peak, min(100, steps // 10), steps, end_value=0.01 * peak
+    )
+
+
+def make_optimizer(config: Config, model: Transformer) -> Optimizer:
+    learning_rate = make_schedule(config)
+    mask = eqx_ademamix.decay_mask(model)
+    if config.optimizer == "adamw":
+        return FromOptax(
+            optax.adamw(learning_rate, weight_decay=config.weight_decay, mask=mask)
+        )
+    return eqx_ademamix.AdEMAMix(
+        learning_rate,
+        b3=eqx_ademamix.beta3_scheduler(config.b3, 0.9, warmup=config.steps),
+        alpha=eqx_ademamix.alpha_scheduler(config.alpha, 0.0, warmup=config.steps),
+        weight_decay=config.weight_decay,
+        weight_decay_mask=mask,
+    )
+
+
+#
+# A step
+#
+
+
+clip = optax.clip_by_global_norm(0.5)
+
+
+def mean_loss(model: Transformer, windows: Windows) -> Float[Array, ""]:
+    """The cross-entropy of each byte given those before it, in nats."""
+    text = jnp.asarray(windows, jnp.int32)
+    logits = jax.vmap(model)(text[:, :-1])
+    return optax.softmax_cross_entropy_with_integer_labels(logits, text[:, 1:]).mean()
+
+
+@eqx.filter_jit(donate="all-except-first")
+def train_step(
+    windows: Windows, model: Transformer, state: PyTree, optim: Optimizer
+) -> tuple[Transformer, PyTree, Float[Array, ""]]:
+    loss, grads = eqx.filter_value_and_grad(mean_loss)(model, windows)
+    grads, _ = clip.update(grads, optax.EmptyState())
+    updates, state = eqx_ademamix.update(optim, grads, state, model)
+    return eqx.apply_updates(model, updates), state, loss
+
+
+@eqx.filter_jit
+def validation_loss(model: Transformer, batches: Windows) -> Float[Array, ""]:
+    return jax.lax.map(lambda windows: mean_loss(model, windows), batches).mean()
+
+
+#
+# A run
+#
+
+
+class Run:
+    """One training: the model, the optimizer's state and the losses up to now."""
+
+    def __init__(self, config: Config, text: Text):
+        self.config, self.text = config, text
+        self.settings = {**config.settings, "text": text.fingerprint}
+        self.checkpoint = config.out / f"{config.optimizer}.eqx"
+        if config.resume:
+            check_settings(self.checkpoint, self.settings)
+        key = jax.random.key(config.seed)
+        self.model = Transformer(
+            config.width, config.depth, config.heads, config.context, key=key
+        )
+        self.optim = make_optimizer(config, self.model)
+        self.state = eqx_ademamix.init(self.optim, self.model)
+        self.train_losses: list[float | Array] = []  # of each step
+        self.validation_losses: list[tuple[int, float]] = []  # pairs (step, loss)
+
+    def save(self) -> None:
+        self.train_losses = [float(loss) for loss in self.train_losses]
+        header = {
+            "settings": self.settings,
+            "step": len(self.train_losses),
+            "train_losses": self.train_losses,
+            "validation_losses": self.validation_losses,
+        }
+        save(self.checkpoint, header, (self.model, self.state))
+
+    def resume(self) -> None:
+        like = (self.model, self.state)
+        header, (self.model, self.state) = load(self.checkpoint, like)
+        self.train_losses = header["train_losses"]
+        self.validation_losses = [(i, loss) for i, loss in header["validation_losses"]]
+
+    def train(self, interrupt: Interrupt) -> None:
+        """Takes the steps that are left."""
+        steps, done = self.config.steps, len(self.train_losses)
+        held_out = validation_batches(self.text.validation, self.config.context)
+        title = TITLES[self.config.optimizer]
+        with tqdm(total=steps, initial=done, desc=title, unit=" steps") as bar:
+            for step in range(done + 1, steps + 1):
+                self.step(step)
+                if step % REPORT_EVERY == 0 or step == steps:
+                    bar.update(step - bar.n)
+                    bar.set_postfix(self.figures(bar.format_dict["rate"]))
+                if step % max(1, steps // NUM_EVALUATIONS) == 0 or step == steps:
+                    loss = float(validation_loss(self.model, held_out))
+                    self.validation_losses.append((step, loss))
+                    self.save()
+                if interrupt.requested:
+                    self.save()
+                    raise Interrupted(f"Stopped after {step} of {steps} steps.")
+
+    def step(self, step: int) -> None:
+        """Takes one step, without waiting for it to end."""
+        size, context = self.config.batch_size, self.config.context
+        windows = training_batch(self.text.train, size, context, self.config.seed, step)
+        self.model, self.state, loss = train_step(
+            windows, self.model, self.state, self.optim
+        )
+        self.train_losses.append(loss)
+
+    def figures(self, steps_per_second: float | None) -> dict[str, str]:
+        """What the progress bar shows."""
+        recent = [float(loss) for loss in self.train_losses[-REPORT_EVERY:]]
+        figures = {"loss": f"{np.mean(recent):.3f}"}
+        if isinstance(self.optim, eqx_ademamix.AdEMAMix):
+            h = eqx_ademamix.hyperparams(self.optim, self.state)
+            figures |= {
+                "lr": f"{h.learning_rate:.1e}",
+                "alpha": f"{h.alpha:.2f}",
+                "b3": f"{h.b3:.4f}",
+            }
+        else:
+            learning_rate = make_schedule(self.config)(len(self.train_losses))
+            figures["lr"] = f"{learning_rate:.1e}"
+        tokens = self.config.batch_size * self.config.context
+        return {**figures, "tokens/s": f"{tokens * (steps_per_second or 0):,.0f}"}
+
+
+def report(config: Config, runs: list[Run]) -> None:
+    """Draws the losses, prints them, and has a sole model write some text."""
+    curves = [
+        Curve(
+            TITLES[run.config.optimizer],
+            [float(loss) for loss in run.train_losses],
+            run.validation_losses,
+        )
+        for run in runs
+    ]
+    plot = config.plot or config.out / "loss.png"
+    plot_losses(plot, curves)
+    print(f"Losses drawn in {plot}\n")
+    if config.compare:
+        print("optimizer  learning rate  validation loss (nats a byte)")
+        for run, curve in zip(runs, curves, strict=True):
+            rate, loss = run.config.peak_learning_rate, curve.validation[-1][1]
+            print(f"{curve.label:<9}  {rate:<13g}  {loss:.4f}")
+    else:
+        key = jax.random.key(config.seed)
+        sample = generate(runs[0].model, b"def ", 400, 0.8, key)
+        print(bytes(sample.tolist()).decode(errors="replace"))
+    print(f"\nvalidation loss: {curves[-1].validation[-1][1]:.4f}")
+
+
+def main() -> int:
+    config = tyro.cli(Config, config=(tyro.conf.FlagCreatePairsOff,))
+    interrupt = Interrupt()
+    names = ("adamw", "ademamix") if config.compare else (config.optimizer,)
+    try:
+        text = read_text(config.data, config.context)
+        runs = [Run(dataclasses.replace(config, optimizer=i), text) for i in names]
+        for run in runs:
+            if config.resume:
+                run.resume()
+            else:
+                run.save()  # so that there is one to resume, however soon it ends
+        for run in runs:
+            run.train(interrupt)
+    except (DataError, CheckpointError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    except Interrupted as interrupted:
+        print(f"{interrupted} To go on, run the same command with --resume.")
+        return 130
+    report(config, runs)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
