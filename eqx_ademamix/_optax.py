@@ -252,8 +252,8 @@ def _deafness(mu_dtype: Any, b3: Any) -> str | None:
         return None
     return (
         f"In `mu_dtype={dtype.name}` the slow average `m2` cannot decay at b3 = "
-        f"{float(b3):.6g}: a step changes it by {change:.2g} of itself, but the spacing "
-        f"of the numbers below 1 is {spacing:.2g}. Use the default, float32."
+        f"{float(b3):.6g}: a step changes it by {change:.2g} of itself, but the "
+        f"spacing of the numbers below 1 is {spacing:.2g}. Use the default, float32."
     )
 
 

@@ -1,13 +1,14 @@
 """The library on one page: learns to read handwritten digits in a few seconds."""
 
 import equinox as eqx
-import eqx_ademamix
 import jax
 import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
+
+import eqx_ademamix
 
 
 NUM_STEPS = 1000

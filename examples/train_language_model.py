@@ -8,7 +8,6 @@ import sys
 from typing import Any, TypeAlias
 
 import equinox as eqx
-import eqx_ademamix
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,6 +28,8 @@ from _text import (
 from _transformer import Transformer, generate
 from jaxtyping import Array, Float, PyTree
 from tqdm import tqdm
+
+import eqx_ademamix
 
 
 Optimizer: TypeAlias = eqx_ademamix.AbstractOptimizer[Any]
