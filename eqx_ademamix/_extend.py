@@ -4,13 +4,12 @@ import math
 from typing import Any
 
 import equinox as eqx
-import jax
 import numpy as np
 from jax.core import Tracer
 
 from ._ademamix import AdEMAMix, AdEMAMixState
 from ._checks import check_optimizer, check_state_type, describe, no_type_check
-from ._hyperparams import hyperparam, is_schedule, non_negative, wide
+from ._hyperparams import hyperparam, is_schedule, non_negative
 from ._schedules import AlphaSchedule, Beta3Schedule
 
 
@@ -34,7 +33,8 @@ def extend(optim: AdEMAMix, state: AdEMAMixState, *, warmup: float) -> AdEMAMix:
 
     **Returns:**
 
-    The optimizer with its new schedules; the state goes with it as it is.
+    The optimizer with its new schedules, whose starting points and length are Python
+    floats (so a jitted step compiles once more); the state goes with it as it is.
 
     **Raises:**
 
@@ -96,20 +96,13 @@ def _extended(name: str, schedule: Any, count: int, length: Any) -> Any:
         )
     done = _done(schedule, now)
     if isinstance(schedule, AlphaSchedule):
-        start, end = float(schedule.alpha_start), float(schedule.alpha)
-        value = (1 - done) * start + done * end
+        value = (1 - done) * float(schedule.alpha_start) + done * float(schedule.alpha)
         where = lambda s: (s.alpha_start, s.begin, s.warmup)
-        old: Any = schedule.alpha_start
     else:
         value = _beta3(float(schedule.beta_start), float(schedule.beta_end), done)
         where = lambda s: (s.beta_start, s.begin, s.warmup)
-        old = schedule.beta_start
-    new = (
-        _kind(value, old),
-        _kind(now, schedule.begin),
-        _kind(length, schedule.warmup),
-    )
-    return eqx.tree_at(where, schedule, new)
+    # Python floats, also where there were arrays: float32 would cost 1 - b3 its digits.
+    return eqx.tree_at(where, schedule, (value, now, float(length)))
 
 
 def _done(schedule: AlphaSchedule | Beta3Schedule, now: float) -> float:
@@ -123,8 +116,3 @@ def _beta3(start: float, end: float, done: float) -> float:
         return end
     mixed = (1 - done) * timescale(start) + done * timescale(end)
     return math.exp(-1 / mixed) if mixed > 0 else 0.0
-
-
-def _kind(value: Any, old: Any) -> Any:
-    """A traced leaf stays traced, a static one static."""
-    return wide(value) if isinstance(old, jax.Array) else float(value)

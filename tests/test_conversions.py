@@ -1,0 +1,584 @@
+"""From AdamW, from optax, from PyTorch, and back; and longer warm-ups."""
+# Many of the mistakes here are found by a static type checker too.
+# pyright: reportArgumentType=false, reportCallIssue=false
+
+import itertools as it
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from eqx_ademamix import (
+    AdEMAMix,
+    AdEMAMixState,
+    StateFormat,
+    alpha_scheduler,
+    beta3_scheduler,
+    extend,
+    from_adamw,
+    from_optax,
+    from_torch,
+    hyperparams,
+    init,
+    to_adamw,
+    to_optax,
+    update,
+)
+
+from .helpers import (
+    Reference,
+    assert_trees_close,
+    buffers,
+    make_mlp,
+    make_zoo,
+    max_error,
+    reference_alpha,
+    reference_b3,
+    reference_step,
+    tree_type,
+)
+
+
+@pytest.fixture(autouse=True)
+def standard_promotion():
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+X = jax.random.normal(jax.random.key(1), (16, 3))
+
+
+def loss_fn(model: Any) -> Any:
+    return jnp.mean((jax.vmap(model)(X) - X[:, :2]) ** 2)
+
+
+def train(optim: Any, model: Any, state: Any, steps: int) -> Any:
+    """Any optimizer with `init` and `update`, on the filtered model."""
+    params, static = eqx.partition(model, eqx.is_inexact_array)
+
+    @jax.jit
+    def step(params: Any, state: Any) -> Any:
+        grads = jax.grad(lambda p: loss_fn(eqx.combine(p, static)))(params)
+        updates, state = optim.update(grads, state, params)
+        return eqx.apply_updates(params, updates), state
+
+    for _ in range(steps):
+        params, state = step(params, state)
+    return eqx.combine(params, static), state
+
+
+def arrays(model: Any) -> Any:
+    return eqx.filter(model, eqx.is_inexact_array)
+
+
+ADAMW: Any = dict(b1=0.9, b2=0.99, weight_decay=0.1)
+WRAPPED = {
+    "adamw": lambda: optax.adamw(1e-2, **ADAMW),
+    "chain": lambda: optax.chain(
+        optax.clip_by_global_norm(100.0), optax.adamw(1e-2, **ADAMW)
+    ),
+    "inject_hyperparams": lambda: optax.inject_hyperparams(optax.adamw)(1e-2, **ADAMW),
+    "MultiSteps": lambda: optax.MultiSteps(optax.adamw(1e-2, **ADAMW), 1),
+    "masked": lambda: optax.masked(
+        optax.adamw(1e-2, **ADAMW), lambda p: jax.tree.map(lambda _: True, p)
+    ),
+    "apply_if_finite": lambda: optax.apply_if_finite(optax.adamw(1e-2, **ADAMW), 3),
+}
+
+
+@pytest.mark.parametrize("make", WRAPPED.values(), ids=WRAPPED.keys())
+def test_from_adamw_goes_on_exactly(make: Any):
+    """With `alpha=0`, 100 steps of AdamW and 100 of ours are 200 of AdamW."""
+    adamw, model = make(), make_mlp()
+    model, opt_state = train(adamw, model, adamw.init(arrays(model)), 100)
+    expected, _ = train(adamw, model, opt_state, 100)
+    optim = AdEMAMix(1e-2, alpha=0.0, **ADAMW)
+    state = from_adamw(opt_state, optim, model)
+    assert tree_type(state) == tree_type(init(optim, model))
+    assert (state.count, state.count_m2) == (100, 0)
+    assert all(not jnp.any(x) for x in jtu.tree_leaves(state.m2))
+    ours, state = train(optim, model, state, 100)
+    assert_trees_close(arrays(ours), arrays(expected), 1e-5)
+    assert (state.count, state.count_m2) == (200, 100)
+
+
+def test_from_adamw_and_back():
+    model, adamw = make_mlp(), optax.adamw(1e-2, **ADAMW)
+    model, opt_state = train(adamw, model, adamw.init(arrays(model)), 20)
+    there: Any = from_adamw(opt_state, AdEMAMix(1e-2), model)
+    back: Any = to_adamw(there)
+    assert isinstance(back, optax.ScaleByAdamState)
+    assert_trees_close(back, opt_state[0], 0.0)
+    # ... and AdamW goes on from a state of ours.
+    expected, _ = train(adamw, model, opt_state, 20)
+    ours, _ = train(adamw, model, (back, *opt_state[1:]), 20)
+    assert_trees_close(arrays(ours), arrays(expected), 0.0)
+
+
+def test_the_schedules_start_at_the_switch():
+    model, adamw = make_mlp(), optax.adamw(1e-2)
+    _, opt_state = train(adamw, model, adamw.init(arrays(model)), 20)
+    optim = AdEMAMix(
+        lambda count: 1e-3 * count,
+        b3=beta3_scheduler(0.999, 0.9, warmup=10),
+        alpha=alpha_scheduler(5.0, warmup=10),
+    )
+    now = hyperparams(optim, from_adamw(opt_state, optim, model))
+    np.testing.assert_allclose(now.learning_rate, 20e-3, rtol=1e-6)
+    assert now.alpha == 0.0 and now.b3 == np.float32(0.9)
+
+
+def test_from_adamw_in_other_formats_and_shapes(getkey: Any):
+    """mu_dtype there, a format here, a frozen part, no `m1`, the whole model."""
+    model = make_zoo(getkey())
+    adamw = optax.adamw(1e-2, mu_dtype=jnp.bfloat16)
+    grads = jax.tree.map(jnp.ones_like, arrays(model))
+    _, opt_state = adamw.update(grads, adamw.init(arrays(model)), arrays(model))
+    fmt = StateFormat(m1=jnp.float16, m2=jnp.float32, nu=jnp.float32)
+    for optim in (
+        AdEMAMix(1e-2),
+        AdEMAMix(1e-2, b1=0),
+        AdEMAMix(1e-2, state_format=fmt),
+        AdEMAMix(1e-2, trainable=lambda x: x.ndim > 1),
+    ):
+        state = from_adamw(opt_state, optim, model)
+        assert tree_type(state) == tree_type(init(optim, model))
+        for x in jtu.tree_leaves(state.m1):
+            np.testing.assert_allclose(np.asarray(x, float), 0.1, rtol=4e-3)
+        update(optim, grads, state, model)
+    complex_params = {"c": jnp.ones(2, jnp.complex64)}
+    adamw = optax.adamw(1e-2)
+    _, opt_state = adamw.update(
+        complex_params, adamw.init(complex_params), complex_params
+    )
+    optim = AdEMAMix(1e-2)
+    state: Any = from_adamw(opt_state, optim, complex_params)
+    assert tree_type(state) == tree_type(optim.init(complex_params))
+
+
+SCHEDULED: Any = dict(
+    b3=beta3_scheduler(0.99, 0.9, warmup=50), alpha=alpha_scheduler(3.0, warmup=50)
+)
+
+
+@pytest.mark.parametrize("b1", (0.9, 0.0))
+def test_from_optax_in_the_middle(b1: float):
+    kwargs: Any = dict(b1=b1, weight_decay=0.1, **SCHEDULED)
+    theirs, ours = optax.contrib.ademamix(1e-2, **kwargs), AdEMAMix(1e-2, **kwargs)
+    model = make_mlp()
+    middle, opt_state = train(theirs, model, theirs.init(arrays(model)), 30)
+    expected, expected_state = train(theirs, middle, opt_state, 30)
+
+    state = from_optax(opt_state, ours, middle)
+    assert tree_type(state) == tree_type(init(ours, middle))
+    end, _ = train(ours, middle, state, 30)
+    assert_trees_close(arrays(end), arrays(expected), 1e-5)
+
+    # And the other way, with our half first.
+    middle, state = train(ours, model, init(ours, model), 30)
+    expected, _ = train(ours, middle, state, 30)
+    back = (to_optax(state), *theirs.init(arrays(model))[1:])  # pyright: ignore
+    end, end_state = train(theirs, middle, back, 30)
+    assert_trees_close(arrays(end), arrays(expected), 1e-5)
+    assert tree_type(end_state) == tree_type(expected_state)
+
+
+def test_optax_both_ways_is_lossless():
+    model, optim = make_mlp(), AdEMAMix(1e-2, **SCHEDULED)
+    _, state = train(optim, model, init(optim, model), 5)
+    assert_trees_close(from_optax(to_optax(state), optim, model), state, 0.0)
+    chain = (optax.EmptyState(), (to_optax(state), optax.EmptyState()))
+    assert_trees_close(from_optax(chain, optim, model), state, 0.0)
+
+
+#
+# Buffers and shardings
+#
+
+
+def test_no_buffer_is_shared():
+    model, optim, adamw = make_mlp(), AdEMAMix(1e-2), optax.adamw(1e-2)
+    model, opt_state = train(adamw, model, adamw.init(arrays(model)), 3)
+    state: Any = from_adamw(opt_state, optim, model)
+    theirs = to_optax(state)
+    trees = (
+        opt_state,
+        state,
+        to_adamw(state),
+        theirs,
+        from_optax(theirs, optim, model),
+    )
+    every = [x for tree in trees for x in buffers(tree)]
+    assert len(set(every)) == len(every)
+    step = jax.jit(lambda s, p: optim.update(p, s, p)[1], donate_argnums=0)
+    step(state, arrays(model))
+    assert all(not x.is_deleted() for x in jtu.tree_leaves(opt_state))
+
+
+def test_shardings_are_kept():
+    devices = np.asarray(jax.devices())
+    sharding = NamedSharding(Mesh(devices, ("data",)), PartitionSpec("data", None))
+    params = {"w": jax.device_put(jnp.ones((16, 4)), sharding)}
+    adamw, optim = optax.adamw(1e-2), AdEMAMix(1e-2)
+    _, opt_state = jax.jit(adamw.update)(params, adamw.init(params), params)
+    state: Any = from_adamw(opt_state, optim, params)
+    theirs: Any = to_optax(state)
+    for tree in (state, theirs, from_optax(theirs, optim, params)):
+        for moment in (tree.m1, tree.m2, tree.nu):
+            assert moment["w"].sharding.is_equivalent_to(sharding, 2)
+    back: Any = to_adamw(state)
+    assert back.mu["w"].sharding.is_equivalent_to(sharding, 2)
+
+
+#
+# PyTorch
+#
+
+SHAPES = {
+    ".layers[0].weight": (4, 3),
+    ".layers[0].bias": (4,),
+    ".layers[1].weight": (4, 4),
+    ".layers[1].bias": (4,),
+    ".layers[2].weight": (2, 4),
+    ".layers[2].bias": (2,),
+}
+STEPS = 40
+T_WARMUP = 60
+
+
+def torch_gradients() -> list[dict[str, np.ndarray]]:
+    rng = np.random.default_rng(0)
+    draw = lambda: {k: rng.normal(size=s).astype(np.float32) for k, s in SHAPES.items()}
+    return [draw() for _ in range(2 * STEPS)]
+
+
+def torch_run(steps: range, start: dict[str, Reference]) -> dict[str, Reference]:
+    """What PyTorch's AdEMAMix computes, from its published formulas: t from 1."""
+    refs = dict(start)
+    for i, k in it.product(steps, refs):
+        refs[k] = reference_step(
+            refs[k], torch_gradients()[i][k], i + 1, lr=1e-2, b1=0.9, b2=0.99,
+            b3=reference_b3(i + 1, 0.999, 0.9, T_WARMUP),
+            alpha=reference_alpha(i + 1, 5.0, T_WARMUP), weight_decay=0.1,
+        )  # fmt: skip
+    return refs
+
+
+@pytest.fixture(scope="module")
+def golden() -> tuple[dict[str, Reference], dict[str, Reference]]:
+    model = jtu.tree_leaves_with_path(arrays(make_mlp()))
+    zero = {
+        jtu.keystr(path): Reference(
+            np.asarray(x, float),
+            np.zeros(x.shape),
+            np.zeros(x.shape),
+            np.zeros(x.shape),
+        )
+        for path, x in model
+    }
+    middle = torch_run(range(STEPS), zero)
+    return middle, torch_run(range(STEPS, 2 * STEPS), middle)
+
+
+def apple(ref: Reference, transpose: bool) -> dict[str, Any]:
+    turn = np.transpose if transpose else lambda x: x
+    names = ("exp_avg_fast", "exp_avg_slow", "exp_avg_sq")
+    moments = zip(names, (ref.m1, ref.m2, ref.nu), strict=True)
+    return {"step": STEPS, **{k: turn(x).astype(np.float32) for k, x in moments}}
+
+
+def pytorch_optimizer(ref: Reference, transpose: bool) -> dict[str, Any]:
+    state = apple(ref, transpose)
+    del state["step"]  # is in the group
+    return {"exp_avg": state.pop("exp_avg_fast"), **state}
+
+
+def bitsandbytes(ref: Reference, transpose: bool) -> dict[str, Any]:
+    state = apple(ref, transpose)
+    stacked = np.stack([state["exp_avg_fast"], state["exp_avg_slow"]])
+    return {"step": np.asarray(STEPS), "state1": stacked, "state2": state["exp_avg_sq"]}
+
+
+@pytest.mark.parametrize("write", (apple, pytorch_optimizer, bitsandbytes))
+@pytest.mark.parametrize(
+    "how", ("index", "name", "param_names", "no dot", "transposed")
+)
+def test_from_torch_goes_on(write: Any, how: str, golden: Any):
+    middle, end = golden
+    key = {path: f"net.{i}" if how == "name" else i for i, path in enumerate(SHAPES)}
+    state = {
+        key[path]: write(ref, how == "transposed" and ref.m1.ndim == 2)
+        for path, ref in middle.items()
+    }
+    group: Any = {"params": list(key.values()), "lr": 1e-2, "step": STEPS}
+    names: Any = dict(key)
+    if how == "param_names":
+        group["param_names"] = [f"net{path}" for path in key]
+        names = {path: f"net{path}" for path in key}
+    if how == "no dot":
+        names = {path.removeprefix("."): i for path, i in key.items()}
+    if how == "transposed":
+        names = {path: (i, np.transpose) for path, i in key.items()}
+    state_dict = {"state": state, "param_groups": [group]}
+    model = make_mlp()
+    where = jtu.tree_structure(arrays(model))
+    params = where.unflatten(
+        [jnp.asarray(middle[path].p, jnp.float32) for path in SHAPES]
+    )
+    optim = AdEMAMix(
+        1e-2,
+        b1=0.9,
+        b2=0.99,
+        b3=beta3_scheduler(0.999, 0.9, warmup=T_WARMUP, offset=1),
+        alpha=alpha_scheduler(5.0, warmup=T_WARMUP, offset=1),
+        weight_decay=0.1,
+    )
+    ours = from_torch(state_dict, optim, params, names)
+    assert tree_type(ours) == tree_type(optim.init(params))
+    assert ours.count == ours.count_m2 == STEPS
+    assert len(set(buffers(ours))) == len(buffers(ours))
+    step = jax.jit(optim.update)
+    for grads in torch_gradients()[STEPS:]:
+        tree = where.unflatten([jnp.asarray(grads[path]) for path in SHAPES])
+        updates, ours = step(tree, ours, params)
+        params = eqx.apply_updates(params, updates)
+    moments = zip(
+        *map(jtu.tree_leaves, (params, ours.m1, ours.m2, ours.nu)), strict=True
+    )
+    for path, leaves in zip(SHAPES, moments, strict=True):
+        for x, ref in zip(leaves, end[path], strict=True):
+            assert max_error(x, ref) <= 1e-5
+
+
+def test_from_torch_without_m1():
+    """Apple's at `b1 = 0` keeps `None`, and so do we."""
+    moments = {
+        "exp_avg_fast": None,
+        "exp_avg_slow": np.ones(3),
+        "exp_avg_sq": np.ones(3),
+    }
+    state_dict = {"state": {0: {"step": 5, **moments}}}
+    optim = AdEMAMix(1e-3, b1=0)
+    state = from_torch(state_dict, optim, {"w": jnp.ones(3)}, {"['w']": 0})
+    assert tree_type(state) == tree_type(optim.init({"w": jnp.ones(3)}))
+
+
+#
+# Longer warm-ups
+#
+
+
+def at_count(optim: Any, count: int) -> AdEMAMixState:
+    state = optim.init(jnp.ones(2))
+    return eqx.tree_at(lambda s: s.count_m2, state, jnp.asarray(count, jnp.int32))
+
+
+@pytest.mark.parametrize("offset", (0, 1))
+@pytest.mark.parametrize(
+    "count,warmup", ((0, 50), (30, 200), (30, 60), (99, 1000), (150, 300))
+)
+@pytest.mark.parametrize("as_array", (False, True))
+def test_extend(offset: int, count: int, warmup: int, as_array: bool):
+    kind: Any = jnp.asarray if as_array else float
+    b3 = beta3_scheduler(kind(0.999), kind(0.9), warmup=kind(100.0), offset=offset)
+    alpha = alpha_scheduler(kind(8.0), kind(1.0), warmup=kind(100.0), offset=offset)
+    optim = AdEMAMix(1e-3, b3=b3, alpha=alpha)
+    new: Any = extend(optim, at_count(optim, count), warmup=warmup)
+    # No jump ...
+    np.testing.assert_allclose(new.alpha(count), alpha(count), rtol=1e-6)
+    np.testing.assert_allclose(
+        new.b3.complement(count), b3.complement(count), rtol=2e-6
+    )
+    # ... the same end, at the new length and not before (unless it was reached) ...
+    end = warmup - offset
+    for step in (end, end + 1, 10**6):
+        assert new.alpha(step) == 8.0 and new.b3(step) == np.float32(0.999)
+    if count < 100 - offset:
+        assert new.alpha(end - 1) < 8.0
+        assert new.b3.complement(end - 1) > new.b3.complement(end)
+    # ... and straight on in between, in alpha and in the half-life of b3.
+    steps = np.arange(count, end + 1)
+    straight = np.linspace(float(alpha(count)), 8.0, len(steps))
+    np.testing.assert_allclose(new.alpha(steps), straight, rtol=2e-6)
+    rate = -np.log1p(-np.asarray(new.b3.complement(steps), float))
+    straight = np.linspace(1 / rate[0], 1 / rate[-1], len(steps))
+    np.testing.assert_allclose(1 / rate, straight, rtol=1e-5)
+    assert tree_type(new.alpha.alpha) == tree_type(alpha.alpha)
+
+
+def test_extend_again():
+    """The length is counted as at construction, each time."""
+    optim = AdEMAMix(1e-3, alpha=alpha_scheduler(8.0, warmup=100, offset=1))
+    for count, warmup in ((20, 200), (50, 80), (79 - 2, 1000)):
+        new: Any = extend(optim, at_count(optim, count), warmup=warmup)
+        old: Any = optim.alpha
+        np.testing.assert_allclose(new.alpha(count), old(count), rtol=1e-6)
+        assert new.alpha(warmup - 1) == 8.0 and new.alpha(warmup - 2) < 8.0
+        optim = new
+
+
+def test_extend_leaves_constants_alone():
+    optim = AdEMAMix(1e-3, b3=0.99, alpha=alpha_scheduler(8.0, warmup=100))
+    new = extend(optim, at_count(optim, 10), warmup=200)
+    assert new.b3 == 0.99 and new.learning_rate == 1e-3
+
+
+def test_extend_from_zero():
+    optim = AdEMAMix(1e-3, b3=beta3_scheduler(0.999, 0.0, warmup=100))
+    new: Any = extend(optim, at_count(optim, 0), warmup=200)
+    assert new.b3(0) == 0.0 and new.b3(200) == np.float32(0.999)
+
+
+#
+# Errors
+#
+
+PARAMS = {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}
+OTHER = {"w": jnp.ones((2, 4)), "b": jnp.ones(3)}
+OURS = AdEMAMix(1e-3)
+ALPHA = AdEMAMix(1e-3, alpha=alpha_scheduler(8.0, warmup=100))
+
+
+def torch_state(**edit: Any) -> dict[str, Any]:
+    def one(shape: Any) -> dict[str, Any]:
+        names = ("exp_avg_fast", "exp_avg_slow", "exp_avg_sq")
+        return {"step": 3, **{k: np.zeros(shape, np.float32) for k in names}}
+
+    state = {0: one((3,)), 1: {**one((2, 3)), **edit}}
+    return {"state": state, "param_groups": [{"params": [0, 1]}]}
+
+
+NAMES: Any = {"['b']": 0, "['w']": 1}
+
+
+def torch(state_dict: Any, names: Any = NAMES) -> Any:
+    return lambda: from_torch(state_dict, OURS, PARAMS, names)
+
+
+ERRORS: dict[str, Any] = {
+    "no Adam state": (
+        lambda: from_adamw(optax.sgd(1e-3, momentum=0.9).init(PARAMS), OURS, PARAMS),
+        r"no states of Adam or AdamW \(`ScaleByAdamState`\), .* Found in it: TraceState",
+    ),
+    "ours for Adam's": (
+        lambda: from_adamw(OURS.init(PARAMS), OURS, PARAMS),
+        "no states of Adam .* Found in it: AdEMAMixState",
+    ),
+    "two Adam states": (
+        lambda: from_adamw(
+            (optax.adam(1e-3).init(PARAMS), optax.adam(1e-3).init(PARAMS)), OURS, PARAMS
+        ),
+        "has 2 states of Adam",
+    ),
+    "nothing": (
+        lambda: from_adamw(None, OURS, PARAMS),
+        "no states .* Found in it: None",
+    ),
+    "another model": (
+        lambda: from_adamw(optax.adam(1e-3).init(OTHER), OURS, PARAMS),
+        r"opt_state.mu\['w'\] has shape \(2, 4\), but the state of `optim` has \(2, 3\)",
+    ),
+    "another structure": (
+        lambda: from_adamw(optax.adam(1e-3).init([jnp.ones(3)]), OURS, PARAMS),
+        "opt_state.mu is a list of length 1, but the state of `optim` has a dict",
+    ),
+    "a leaf missing": (
+        lambda: from_adamw(
+            optax.adam(1e-3).init({"w": jnp.ones((2, 3)), "b": None}), OURS, PARAMS
+        ),
+        r"opt_state.mu\['b'\] is None, but the state of `optim` has a float32 array",
+    ),
+    "Adam's for optax": (
+        lambda: from_optax(optax.adam(1e-3).init(PARAMS), OURS, PARAMS),
+        "no states of optax.contrib.ademamix .* Found in it: ScaleByAdamState",
+    ),
+    "optax of another model": (
+        lambda: from_optax(optax.contrib.ademamix(1e-3).init(OTHER), OURS, PARAMS),
+        r"opt_state.m1\['w'\] has shape \(2, 4\)",
+    ),
+    "no m1 for Adam": (
+        lambda: to_adamw(AdEMAMix(1e-3, b1=0).init(PARAMS)),
+        "`state` has no first moment, since its optimizer has `b1=0`",
+    ),
+    "to_adamw of optax": (
+        lambda: to_adamw(optax.adam(1e-3).init(PARAMS)),
+        "`state` is a tuple of length 2, but an `AdEMAMixState`",
+    ),
+    "from_adamw of optax's optimizer": (
+        lambda: from_adamw(optax.adam(1e-3).init(PARAMS), optax.adam(1e-3), PARAMS),
+        "`optim` is a `GradientTransformation",
+    ),
+    "torch: not a state dict": (
+        torch({"w": 1}),
+        "`state_dict` is a dict with the keys 'w', but a PyTorch optimizer's",
+    ),
+    "torch: no name": (
+        torch(torch_state(), {"['b']": 0}),
+        r"`names` has no entry for params\['w'\], which is trained",
+    ),
+    "torch: unknown name": (
+        torch(torch_state(), {"['b']": 0, "['w']": "net.w"}),
+        r"names\[\"\['w'\]\"\] is 'net.w', but `state_dict` has no state of that name",
+    ),
+    "torch: a moment is missing": (
+        torch({"state": {0: torch_state()["state"][0], 1: {"step": 3, "exp_avg": 0}}}),
+        r"params\['w'\]: a moment is missing. The state dict has step, exp_avg for it",
+    ),
+    "torch: another shape": (
+        torch(torch_state(exp_avg_slow=np.zeros((3, 2), np.float32))),
+        r"params\['w'\] has shape \(2, 3\), but its moment in the state dict has \(3, 2\)",
+    ),
+    "torch: 8 bits": (
+        torch(torch_state(exp_avg_slow=np.zeros((2, 3), np.uint8))),
+        r"params\['w'\] has moments in 8 bits",
+    ),
+    "torch: other steps": (
+        torch(torch_state(step=4)),
+        r"parameters after different numbers of steps, \[3, 4\]",
+    ),
+    "torch: no steps": (
+        torch(torch_state(step=None)),
+        r"params\['w'\]: `state_dict` has no 'step' for 1",
+    ),
+    "extend: a function": (
+        lambda: extend(
+            AdEMAMix(1e-3, alpha=lambda c: 1.0), at_count(OURS, 3), warmup=100
+        ),
+        "`alpha` is the function `<lambda>`, but `extend` knows only the schedules of",
+    ),
+    "extend: no schedule": (
+        lambda: extend(OURS, at_count(OURS, 3), warmup=100),
+        "`optim` has neither a schedule for `b3` nor one for `alpha`",
+    ),
+    "extend: passed": (
+        lambda: extend(ALPHA, at_count(ALPHA, 30), warmup=30),
+        "`warmup` is 30, but 30 steps of the warm-up of `alpha` have been taken already",
+    ),
+    "extend: negative": (
+        lambda: extend(ALPHA, at_count(ALPHA, 30), warmup=-1),
+        "`warmup` is -1.0, but a finite number >= 0",
+    ),
+    "extend: traced": (
+        lambda: jax.jit(lambda s: extend(ALPHA, s, warmup=200).alpha(3))(
+            at_count(ALPHA, 3)
+        ),
+        r"state.count_m2 is an int32 array of shape \(\), but a concrete counter",
+    ),
+    "extend: no state": (
+        lambda: extend(ALPHA, PARAMS, warmup=200),
+        "`state` is a dict with the keys 'w', 'b', but an `AdEMAMixState`",
+    ),
+}
+
+
+@pytest.mark.parametrize("call,text", ERRORS.values(), ids=ERRORS.keys())
+def test_one_sentence(call: Any, text: str):
+    with pytest.raises((ValueError, TypeError), match=text) as info:
+        call()
+    assert len(str(info.value).split("\n---")[0]) < 600
