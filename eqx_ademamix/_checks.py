@@ -149,7 +149,7 @@ def _same_keys(a: Any, b: Any) -> bool:
 
 def static_mismatch(tree: Any, reference: Any, path: Path = ()) -> Path | None:
     """The path of the first nodes that differ in what is no leaf: in static fields."""
-    if is_leaf(tree) or is_leaf(reference):
+    if is_leaf(tree) or is_leaf(reference) or structure(tree) == structure(reference):
         return None
     (items, treedef), (reference_items, reference_def) = map(
         children, (tree, reference)

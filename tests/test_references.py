@@ -120,7 +120,7 @@ def worst_m2(state: Any, refs: dict[str, Reference]) -> float:
 
 def test_closer_to_float64_near_one():
     """A schedule that ends at 0.999999: optax subtracts it from 1 in float32, where its
-    spacing is 6e-8, and so gives new gradients weights that are wrong by up to 3 %."""
+    spacing is 6e-8, and so gives new gradients a weight that is wrong by about 1 %."""
     warmup = 100
     schedules: Any = dict(
         b3=beta3_scheduler(0.999999, 0.9, warmup=warmup),
