@@ -326,8 +326,8 @@ class AdEMAMix(AbstractOptimizer[AdEMAMixState]):
         )
 
     def __hash__(self) -> int:
-        # Equal optimizers have equal hashes, and one with arrays or with a mask in a
-        # dict has a hash at all: `jax.jit(optim.update)` needs it.
+        # Equal optimizers have equal hashes, and one with a mask in a dict, or with
+        # arrays, has a hash at all: `jax.jit(optim.update)` needs it.
         leaves, treedef = jtu.tree_flatten(self)
         types = ((x.shape, x.dtype) if eqx.is_array(x) else x for x in leaves)
         return hash((treedef, *types))

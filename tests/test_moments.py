@@ -341,7 +341,6 @@ def test_warns_once_of_a_dtype_that_cannot_decay():
         for _ in range(3):
             _, state = tx.update(params, state, params)
     assert len(record) == 1
-    assert record[0].filename == __file__
     with pytest.warns(UserWarning, match="at b3 = 0.9999:") as record:
         s = beta3_scheduler(0.9999, 0.9, warmup=5)
         scale_by_ademamix(0.9, 0.999, 0.5, 5.0, s, None, mu_dtype=jnp.float16)
