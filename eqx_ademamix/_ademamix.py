@@ -32,6 +32,7 @@ from ._formats import (
     checked_format,
     compute_dtype,
     encode,
+    in_type_of,
     stored_dtypes,
 )
 from ._hyperparams import (
@@ -442,8 +443,8 @@ def _leaf_step(
     is_decayed: bool,
 ) -> tuple[Array, Array, Array, Array | None]:
     """The step on one parameter (arXiv:2409.03137, Algorithm 1)."""
-    out_dtype = g.dtype if p is None else p.dtype
-    real = compute_dtype(g.dtype, m2.dtype, nu.dtype, out_dtype)
+    like = g if p is None else p
+    real = compute_dtype(g.dtype, m2.dtype, nu.dtype, like.dtype)
     h, g = resolved(real), cast(g, real)
 
     new_m1 = g if m1 is None else moving_average(cast(m1, real), g, h.complement1)
@@ -456,7 +457,7 @@ def _leaf_step(
     if is_decayed and p is not None:
         u = u + times(h.weight_decay, cast(p, real))
 
-    update = times(-h.learning_rate, u).astype(out_dtype)
+    update = in_type_of(like, times(-h.learning_rate, u))
     stored_m1 = None if m1 is None else encode(new_m1, m1.dtype)
     return update, encode(new_m2, m2.dtype), encode(new_nu, nu.dtype), stored_m1
 

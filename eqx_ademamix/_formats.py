@@ -128,6 +128,13 @@ def cast(x: Array, real: np.dtype[Any]) -> Array:
     return x.astype(complex_dtype(real) if jnp.iscomplexobj(x) else real)
 
 
+def in_type_of(like: Array, x: Array) -> Array:
+    """`x` in the dtype of another array of its shape, and weakly typed if that is:
+    else adding it would change a parameter's type, and the next step compile again."""
+    x = x.astype(like.dtype)
+    return jnp.zeros_like(like).at[...].set(x) if like.weak_type else x
+
+
 def check_stored(
     fmt: StateFormat, m1: Any, m2: Any, nu: Any, like: Any, *, exact: bool
 ) -> None:

@@ -77,6 +77,29 @@ def test_no_parameter_changes_its_dtype(dtype: Any):
     assert tree_type(eqx.apply_updates(model, updates)) == tree_type(model)
 
 
+def test_weakly_typed_parameters_stay_so():
+    """As `jnp.full` makes them, and `eqx.nn.PReLU`: no second trace for their sake."""
+    params = {
+        "full": jnp.full((3,), 0.5),
+        "scalar": jnp.asarray(0.25),
+        "x": jnp.ones(2),
+    }
+    assert params["full"].weak_type and params["scalar"].weak_type
+    optim = AdEMAMix(1e-2, weight_decay=0.1)
+
+    def one(params: Any, state: Any) -> Any:
+        grads = jax.grad(loss_of_arrays)(params)
+        updates, state = optim.update(grads, state, params)
+        return eqx.apply_updates(params, updates), state
+
+    counted, traces = count_traces(one)
+    step, kind, state = jax.jit(counted), tree_type(params), optim.init(params)
+    for _ in range(3):
+        params, state = step(params, state)
+        assert tree_type(params) == kind
+    assert len(traces) == 1
+
+
 def test_numpy_arrays():
     params = {"w": np.ones((2, 3), np.float32), "b": np.zeros(3, np.float32)}
     optim = AdEMAMix(1e-2, weight_decay=0.1)
