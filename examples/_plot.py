@@ -1,4 +1,4 @@
-"""A plot of the losses of one or more runs."""
+"""Plots of the losses of one or more runs."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 
@@ -21,7 +22,6 @@ class Curve(NamedTuple):
 
 def plot_losses(path: Path, curves: Sequence[Curve]) -> None:
     """Draws smoothed training losses and validation losses over the steps."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure = Figure(figsize=(7.2, 4.4), layout="constrained")
     axes = figure.subplots()
     closeup = axes.inset_axes((0.52, 0.46, 0.46, 0.27))
@@ -39,9 +39,47 @@ def plot_losses(path: Path, curves: Sequence[Curve]) -> None:
     axes.set(xlabel="step", ylabel="loss (nats a byte)")
     axes.legend(title="validation loss  (thin: training loss)", frameon=False)
     closeup.set_title("validation loss, second half", fontsize="medium")
-    for each in (axes, closeup):
-        each.grid(alpha=0.3)
-        each.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def plot_switch(path: Path, stayed: Curve, left: Curve, switch: int) -> None:
+    """Draws the losses of a run, and of one that was the same up to a step."""
+    figure = Figure(figsize=(9.6, 4.4), layout="constrained")
+    whole, closeup = figure.subplots(1, 2, width_ratios=(5, 4))
+    for curve, name, color, start in (
+        (stayed, f"{stayed.label} alone", "tab:gray", 0),
+        (left, f"{left.label} after the switch", "tab:red", switch),
+    ):
+        steps, means = smooth(curve.train)
+        shown = steps >= start
+        whole.plot(steps[shown], means[shown], color=color, alpha=0.4, linewidth=1)
+        steps, losses = np.transpose(curve.validation)
+        label = f"{name}: {losses[-1]:.4f}"
+        for axes, first in ((whole, start), (closeup, switch)):
+            points = steps[steps >= first], losses[steps >= first]
+            axes.plot(*points, "o-", color=color, markersize=3.5, label=label)
+
+    whole.axvline(switch, color="black", linewidth=0.8, linestyle="--", zorder=0)
+    top = whole.get_xaxis_transform()  # heights are shares of the axes
+    whole.text(switch, 0.96, "  switch", va="top", transform=top)
+    highest = max(loss for _, loss in stayed.validation)
+    whole.set_ylim(top=1.05 * highest)  # cuts off the first few steps
+    whole.set_ylabel("loss (nats a byte)")
+    whole.set_title("validation loss (thin: training loss)", fontsize="medium")
+    closeup.set_title("validation loss after the switch", fontsize="medium")
+    closeup.legend(frameon=False, handlelength=1.5)
+    closeup.locator_params(axis="x", nbins=5)
+    for axes in (whole, closeup):
+        axes.set_xlabel("step")
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """Makes all axes alike, and writes the figure."""
+    for axes in figure.findobj(Axes):
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
 

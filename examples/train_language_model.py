@@ -151,18 +151,18 @@ class Run:
         self.train_losses = header["train_losses"]
         self.validation_losses = [(i, loss) for i, loss in header["validation_losses"]]
 
-    def train(self, interrupt: Interrupt) -> None:
-        """Takes the steps that are left."""
+    def train(self, interrupt: Interrupt, until: int) -> None:
+        """Takes the steps that are left until the given one."""
         steps, done = self.config.steps, len(self.train_losses)
         held_out = validation_batches(self.text.validation, self.config.context)
         title = TITLES[self.config.optimizer]
-        with tqdm(total=steps, initial=done, desc=title, unit=" steps") as bar:
-            for step in range(done + 1, steps + 1):
+        with tqdm(total=until, initial=done, desc=title, unit=" steps") as bar:
+            for step in range(done + 1, until + 1):
                 self.step(step)
-                if step % REPORT_EVERY == 0 or step == steps:
+                if step % REPORT_EVERY == 0 or step == until:
                     bar.update(step - bar.n)
                     bar.set_postfix(self.figures(bar.format_dict["rate"]))
-                if step % max(1, steps // NUM_EVALUATIONS) == 0 or step == steps:
+                if step % max(1, steps // NUM_EVALUATIONS) == 0 or step == until:
                     loss = float(validation_loss(self.model, held_out))
                     self.validation_losses.append((step, loss))
                     self.save()
@@ -196,17 +196,15 @@ class Run:
         tokens = self.config.batch_size * self.config.context
         return {**figures, "tokens/s": f"{tokens * (steps_per_second or 0):,.0f}"}
 
+    def curve(self) -> Curve:
+        """What the plot shows."""
+        losses = [float(loss) for loss in self.train_losses]
+        return Curve(TITLES[self.config.optimizer], losses, self.validation_losses)
+
 
 def report(config: Config, runs: list[Run]) -> None:
     """Draws the losses, prints them, and has a sole model write some text."""
-    curves = [
-        Curve(
-            TITLES[run.config.optimizer],
-            [float(loss) for loss in run.train_losses],
-            run.validation_losses,
-        )
-        for run in runs
-    ]
+    curves = [run.curve() for run in runs]
     plot = config.plot or config.out / "loss.png"
     plot_losses(plot, curves)
     print(f"Losses drawn in {plot}\n")
@@ -235,7 +233,7 @@ def main() -> int:
             else:
                 run.save()  # so that there is one to resume, however soon it ends
         for run in runs:
-            run.train(interrupt)
+            run.train(interrupt, config.steps)
     except (DataError, CheckpointError) as error:
         print(error, file=sys.stderr)
         return 2

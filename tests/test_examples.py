@@ -17,12 +17,12 @@ import pytest
 
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+SWITCH = "switch_from_adamw.py"
 TINY = "--steps 1000 --width 8 --depth 1 --heads 2 --context 8 --batch-size 2".split()
 
 
-def command(*args: str | Path) -> list[str]:
-    script = EXAMPLES / "train_language_model.py"
-    return [sys.executable, str(script), *TINY, *map(str, args)]
+def command(*args: str | Path, script: str = "train_language_model.py") -> list[str]:
+    return [sys.executable, str(EXAMPLES / script), *TINY, *map(str, args)]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -36,8 +36,12 @@ def compile_once(tmp_path_factory: pytest.TempPathFactory):
         yield
 
 
-def run(*args: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(*args), capture_output=True, text=True, timeout=120)
+def run(
+    *args: str | Path, script: str = "train_language_model.py"
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*args, script=script), capture_output=True, text=True, timeout=120
+    )
 
 
 def step_of(checkpoint: Path) -> int:
@@ -146,6 +150,39 @@ def test_compare_trains_both_and_ends_with_ademamix(tmp_path):
     assert rows[-1] == ["validation", "loss:", ademamix[2]]
 
 
+def losses_after_the_switch(
+    process: subprocess.CompletedProcess[str],
+) -> dict[int, tuple[float, float]]:
+    """AdamW's and AdEMAMix's validation losses at each step of the table."""
+    assert process.returncode == 0, process.stderr
+    number = r"(\d\.\d{4})"
+    rows = re.findall(rf"^ *(\d+) +{number} +{number} ", process.stdout, re.MULTILINE)
+    return {int(step): (float(alone), float(loss)) for step, alone, loss in rows}
+
+
+def test_switch_begins_at_adamw_and_ends_with_the_losses_of_both(text, tmp_path):
+    args = ("--data", text, "--out", tmp_path, "--steps", "20")
+    process = run(*args, script=SWITCH)
+    losses = losses_after_the_switch(process)
+    assert list(losses) == [*range(10, 21)]
+    assert losses[10][0] == losses[10][1]
+    alone, loss = losses[20]
+    assert alone != loss
+    assert process.stdout.endswith(
+        f"validation loss after the switch: {loss:.4f} (AdamW alone: {alone:.4f})\n"
+    )
+    names = ["adamw.eqx", "switch.png", "switched.eqx"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert (tmp_path / "switch.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_switch_without_a_slow_average_changes_nothing(text, tmp_path):
+    args = ("--data", text, "--out", tmp_path, "--steps", "20", "--alpha", "0")
+    losses = losses_after_the_switch(run(*args, script=SWITCH))
+    alone, switched = zip(*losses.values(), strict=True)
+    assert switched == pytest.approx(alone, abs=2e-4)
+
+
 def test_quickstart_is_accurate():
     process = subprocess.run(
         [sys.executable, EXAMPLES / "quickstart.py"], capture_output=True, text=True
@@ -183,6 +220,13 @@ def test_bad_text(content, message, tmp_path):
     process = run("--data", path, "--out", tmp_path / "out")
     check_error(process, message)
     assert str(path) in process.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_switch_with_bad_text(tmp_path):
+    path = tmp_path / "missing"
+    process = run("--data", path, "--out", tmp_path / "out", script=SWITCH)
+    check_error(process, f"Cannot read {path}: No such file or directory.")
     assert not (tmp_path / "out").exists()
 
 
@@ -239,6 +283,13 @@ def test_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert [file.name for file in tmp_path.iterdir()] == ["run.eqx"]
     found = checkpoint.load(path, tree)
     assert eqx.tree_equal(found, (header, tree))
+
+
+def test_switch_needs_two_halves(monkeypatch):
+    config = example("switch_from_adamw", monkeypatch).SwitchConfig
+    assert config(steps=2).steps == 2
+    with pytest.raises(ValueError, match="steps is 1, but must be >= 2"):
+        config(steps=1)
 
 
 def test_every_tenth_file_of_a_folder_is_held_out(tmp_path, monkeypatch):
