@@ -70,10 +70,10 @@ def structure(tree: Any) -> Any:
 
 def path_text(path: Path) -> str:
     """A path as error messages print it, without its middle if it is very long."""
-    return _shortened(jtu.keystr(path), 160)
+    return shortened(jtu.keystr(path), 160)
 
 
-def _shortened(text: str, length: int) -> str:
+def shortened(text: str, length: int) -> str:
     half = length // 2
     return text if len(text) <= length else f"{text[:half]}...{text[-half:]}"
 
@@ -85,18 +85,18 @@ def describe(x: Any) -> str:
     if isinstance(x, (jax.Array, np.ndarray, np.generic)):
         return f"{_a(x.dtype.name)} array of shape {x.shape}"
     if isinstance(x, (bool, int, float, complex, str)):
-        return f"the {type(x).__name__} {_shortened(repr(x), 40)}"
+        return f"the {type(x).__name__} {shortened(repr(x), 40)}"
     if isinstance(x, type):
-        return f"the class `{_shortened(x.__name__, 60)}`"
+        return f"the class `{shortened(x.__name__, 60)}`"
     if is_leaf(x) and callable(x):
         name = getattr(x, "__name__", type(x).__name__)
-        return f"the function `{_shortened(name, 60)}`"
+        return f"the function `{shortened(name, 60)}`"
     if isinstance(x, dict):
-        keys = ", ".join(_shortened(repr(key), 30) for key in list(x)[:4])
+        keys = ", ".join(shortened(repr(key), 30) for key in list(x)[:4])
         return f"a dict with the keys {keys}{', ...' if len(x) > 4 else ''}"
     if type(x) in (list, tuple):
         return f"a {type(x).__name__} of length {len(x)}"
-    return _a(f"`{_shortened(type(x).__name__, 60)}`")
+    return _a(f"`{shortened(type(x).__name__, 60)}`")
 
 
 def contrast(found: Any, expected: Any) -> tuple[str, str]:
@@ -104,11 +104,11 @@ def contrast(found: Any, expected: Any) -> tuple[str, str]:
     if isinstance(found, dict) and isinstance(expected, dict):
         for key in expected:
             if key not in found:
-                text = _shortened(repr(key), 30)
+                text = shortened(repr(key), 30)
                 return f"a dict without the key {text}", "one with it"
         for key in found:
             if key not in expected:
-                text = _shortened(repr(key), 30)
+                text = shortened(repr(key), 30)
                 return f"a dict with the key {text}", "one without it"
     if describe(found) != describe(expected):
         return describe(found), describe(expected)
@@ -170,8 +170,8 @@ def check_optimizer(optim: Any, cls: type) -> None:
     if not isinstance(optim, cls):
         raise TypeError(
             f"`optim` is {describe(optim)}, but an optimizer of this package was "
-            "expected. The order of arguments is `init(optim, params)` and "
-            "`update(optim, grads, state, params)`; an optax optimizer has its own "
+            "expected. Mind the order of arguments: `init(optim, params)`, "
+            "`update(optim, grads, state, params)`. An optax optimizer has its own "
             "methods `init` and `update`."
         )
 

@@ -1,5 +1,6 @@
 """A new length for the warm-ups in the middle of a run."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -8,8 +9,9 @@ import numpy as np
 from jax.core import Tracer
 
 from ._ademamix import AdEMAMix, AdEMAMixState
-from ._checks import check_optimizer, check_state_type, describe, no_type_check
+from ._checks import check_optimizer, describe, no_type_check
 from ._hyperparams import hyperparam, is_schedule, non_negative
+from ._optax import find_state, is_ours
 from ._schedules import AlphaSchedule, Beta3Schedule
 
 
@@ -56,9 +58,9 @@ def extend(optim: AdEMAMix, state: AdEMAMixState, *, warmup: float) -> AdEMAMix:
         ```
     """
     check_optimizer(optim, AdEMAMix)
-    check_state_type(state, None, AdEMAMixState)
-    length = hyperparam("warmup", warmup, non_negative)
-    count = _concrete_count(state.count_m2)
+    ours = find_state(state, is_ours, "of AdEMAMix", name="state")
+    length = _concrete("warmup", hyperparam("warmup", warmup, non_negative))
+    count = int(_concrete("state.count_m2", ours.count_m2))
     if not (is_schedule(optim.b3) or is_schedule(optim.alpha)):
         raise ValueError(
             "`optim` has neither a schedule for `b3` nor one for `alpha`, so there is "
@@ -69,16 +71,16 @@ def extend(optim: AdEMAMix, state: AdEMAMixState, *, warmup: float) -> AdEMAMix:
     return eqx.tree_at(lambda o: (o.b3, o.alpha), optim, (b3, alpha))
 
 
-def _concrete_count(count: Any) -> int:
-    if isinstance(count, Tracer) or np.shape(count) != ():
+def _concrete(name: str, value: Any) -> float:
+    if isinstance(value, Tracer) or np.shape(value) != ():
         raise ValueError(
-            f"state.count_m2 is {describe(count)}, but a concrete counter of shape () "
-            "was expected. Call `extend` outside of `jit` and `vmap`."
+            f"{name} is {describe(value)}, but a concrete number was expected. Call "
+            "`extend` outside of `jit` and `vmap`."
         )
-    return int(count)
+    return float(value)
 
 
-def _extended(name: str, schedule: Any, count: int, length: Any) -> Any:
+def _extended(name: str, schedule: Any, count: int, length: float) -> Any:
     if not is_schedule(schedule):
         return schedule
     if not isinstance(schedule, AlphaSchedule | Beta3Schedule):
@@ -87,10 +89,12 @@ def _extended(name: str, schedule: Any, count: int, length: Any) -> Any:
             "of `alpha_scheduler` and `beta3_scheduler`. Make a new schedule and put "
             f"it in with `eqx.tree_at(lambda o: o.{name}, optim, schedule)`."
         )
+    for field in dataclasses.fields(schedule):
+        _concrete(f"optim.{name}.{field.name}", getattr(schedule, field.name))
     now = count + float(schedule.offset)
-    if float(length) <= now:
+    if length <= now:
         raise ValueError(
-            f"`warmup` is {float(length):.0f}, but {now:.0f} steps of the warm-up of "
+            f"`warmup` is {length:g}, but {now:g} steps of the warm-up of "
             f"`{name}` have been taken already. Pass a larger number, counted from the "
             "beginning of the run."
         )
@@ -102,7 +106,8 @@ def _extended(name: str, schedule: Any, count: int, length: Any) -> Any:
         value = _beta3(float(schedule.beta_start), float(schedule.beta_end), done)
         where = lambda s: (s.beta_start, s.begin, s.warmup)
     # Python floats, also where there were arrays: float32 would cost 1 - b3 its digits.
-    return eqx.tree_at(where, schedule, (value, now, float(length)))
+    begin = max(now, float(schedule.begin))
+    return eqx.tree_at(where, schedule, (value, begin, length))
 
 
 def _done(schedule: AlphaSchedule | Beta3Schedule, now: float) -> float:

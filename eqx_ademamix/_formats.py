@@ -55,9 +55,9 @@ class StateFormat(eqx.Module):
 
         - `ValueError`: for any other dtype.
         """
-        self.m1 = _storable("m1", m1)
-        self.m2 = _storable("m2", m2)
-        self.nu = _storable("nu", nu)
+        self.m1 = storable("StateFormat(m1=...)", m1)
+        self.m2 = storable("StateFormat(m2=...)", m2)
+        self.nu = storable("StateFormat(nu=...)", nu)
 
     @classmethod
     def float32(cls) -> "StateFormat":
@@ -74,19 +74,19 @@ def checked_format(value: Any) -> StateFormat:
     return value
 
 
-def _storable(name: str, value: Any) -> np.dtype[Any]:
+def storable(name: str, value: Any) -> np.dtype[Any]:
     try:
         dtype = jnp.dtype(value)
     except TypeError:
         dtype = None
     if dtype is None or value is None or dtype.name not in _STORABLE:
         raise ValueError(
-            f"`StateFormat({name}=...)` is {describe(value)}, but one of the dtypes "
+            f"`{name}` is {describe(value)}, but one of the dtypes "
             f"{', '.join(_STORABLE)} was expected."
         )
     if jnp.zeros((), dtype=float).dtype != dtype and dtype == np.float64:
         raise ValueError(
-            f"`StateFormat({name}=...)` is float64, but JAX has 64-bit types disabled. "
+            f"`{name}` is float64, but JAX has 64-bit types disabled. "
             'Enable them with `jax.config.update("jax_enable_x64", True)`.'
         )
     return dtype

@@ -52,7 +52,7 @@ def is_schedule(value: Any) -> bool:
 def hyperparam(name: str, value: Any, domain: Domain) -> Any:
     """Checks a hyperparameter and makes it a Python float (static under `filter_jit`)
     or a 0-d array of the default float (traced)."""
-    _check_real_scalar(name, value, domain.text)
+    check_real_scalar(name, value, domain.text)
     if domain is decay:
         _check_precision(name, value)
     if isinstance(value, Tracer):
@@ -86,7 +86,7 @@ def hyperparam_or_schedule(name: str, value: Any, domain: Domain) -> Any:
 def resolve(name: str, value: Any, count: Array) -> Float[Array, ""]:
     """The value of a hyperparameter at a counter: a 0-d array of the widest float."""
     out = value(count) if is_schedule(value) else value
-    _check_real_scalar(f"{name}(count)" if is_schedule(value) else name, out)
+    check_real_scalar(f"{name}(count)" if is_schedule(value) else name, out)
     return wide(out)
 
 
@@ -117,7 +117,7 @@ def decay_complement(name: str, value: Any) -> Float[Array, ""]:
 _REAL = (int, float, np.integer, np.floating, np.ndarray, jax.Array)
 
 
-def _check_real_scalar(name: str, value: Any, expected: str = "a real number") -> None:
+def check_real_scalar(name: str, value: Any, expected: str = "a real number") -> None:
     is_bool = isinstance(value, (bool, np.bool_))
     if is_bool or not isinstance(value, _REAL):
         raise TypeError(

@@ -13,9 +13,14 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, PyTree
 
-from ._checks import check_against_state, is_none, no_type_check
+from ._checks import check_against_state, is_none, no_type_check, on_device
 from ._formats import cast, complex_dtype, compute_dtype, encode
-from ._hyperparams import HyperParamLike, decay_complement, wide
+from ._hyperparams import (
+    HyperParamLike,
+    check_real_scalar,
+    decay_complement,
+    wide,
+)
 
 
 #
@@ -67,11 +72,11 @@ def bias_factor(complement: Array, count: Array) -> Array:
     return -jnp.expm1(count * jnp.log1p(-complement))
 
 
-def power(x: Array, order: float | int) -> Array:
+def power(x: Array, order: int | float) -> Array:
     return x if order == 1 else x**order
 
 
-def norm_power(x: Array, order: float | int) -> Array:
+def norm_power(x: Array, order: int | float) -> Array:
     """$|x|^n$, real."""
     return abs_squared(x) if order == 2 else jnp.abs(x) ** order
 
@@ -109,7 +114,7 @@ def tree_cast(tree: PyTree[Any], dtype: Any) -> PyTree[Any]:
         return tree
     return jax.tree.map(
         lambda x: (
-            jnp.asarray(x).astype(_kept_complex(x, dtype)) if eqx.is_array(x) else x
+            jnp.asarray(x).astype(_kept_complex(x, dtype)) if _is_number(x) else x
         ),
         tree,
     )
@@ -186,8 +191,10 @@ def tree_update_moment(
         assert (m == 0.25).all()
         ```
     """
+    updates, moments = on_device(updates), on_device(moments)
     check_against_state("updates", updates, moments, other="`moments`")
-    return _tree_average(lambda g: power(g, order), updates, moments, decay)
+    complement, n = decay_complement("decay", decay), _order(order)
+    return _tree_average(lambda g: power(g, n), updates, moments, complement)
 
 
 @no_type_check
@@ -230,11 +237,13 @@ def tree_update_moment_per_elem_norm(
         assert nu == 25.0
         ```
     """
+    updates, moments = on_device(updates), on_device(moments)
     check_against_state(
         "updates", updates, moments, other="`moments`", complex_too=False
     )
     real = jax.tree.map(jnp.real, moments)
-    return _tree_average(lambda g: norm_power(g, order), updates, real, decay)
+    complement, n = decay_complement("decay", decay), _order(order)
+    return _tree_average(lambda g: norm_power(g, n), updates, real, complement)
 
 
 @no_type_check
@@ -248,7 +257,7 @@ def tree_bias_correction(
 
     **Arguments:**
 
-    - `moment`: $m$, a tree of arrays.
+    - `moment`: $m$, a tree of arrays. What is no inexact array stays as it is.
     - `decay`: $\beta$, in [0, 1).
     - `count`: $t$, the number of steps in the average. For 0 it is returned unchanged.
 
@@ -270,22 +279,23 @@ def tree_bias_correction(
         assert abs(m - 1.0) < 1e-6
         ```
     """
+    check_real_scalar("count", count)
     t = wide(count)
     factor = bias_factor(decay_complement("decay", decay), jnp.maximum(t, 1.0))
     divisor = jnp.where(t > 0, factor, 1.0)
 
-    def correct(m: Array) -> Array:
+    def correct(m: Any) -> Any:
+        if not eqx.is_inexact_array(m):
+            return m
         real = compute_dtype(m.dtype)
         return encode(over(cast(m, real), divisor.astype(real)), m.dtype)
 
-    return jax.tree.map(correct, moment)
+    return jax.tree.map(correct, on_device(moment))
 
 
 def _tree_average(
-    of: Callable[[Array], Array], updates: Any, moments: Any, decay: HyperParamLike
+    of: Callable[[Array], Array], updates: Any, moments: Any, complement: Array
 ) -> Any:
-    complement = decay_complement("decay", decay)
-
     def average(g: Array | None, m: Array | None) -> Array | None:
         if g is None or m is None:
             return None
@@ -294,6 +304,17 @@ def _tree_average(
         return encode(new, m.dtype)
 
     return jax.tree.map(average, updates, moments, is_leaf=is_none)
+
+
+def _order(order: Any) -> int | float:
+    check_real_scalar("order", order)
+    number = float(order)
+    return int(number) if number.is_integer() else number
+
+
+def _is_number(x: Any) -> bool:
+    """Whether `x` is an array of numbers, which an array of PRNG keys is not."""
+    return eqx.is_array(x) and not jnp.issubdtype(x.dtype, jax.dtypes.extended)
 
 
 def _kept_complex(x: Any, dtype: Any) -> Any:

@@ -14,17 +14,21 @@ from jaxtyping import PyTree
 
 from ._ademamix import AdEMAMix, AdEMAMixState
 from ._checks import (
+    aligned,
     check_against_state,
+    check_alive,
     check_optimizer,
-    check_state_type,
     children,
     describe,
     is_leaf,
     is_none,
     no_type_check,
+    on_device,
+    shortened,
 )
-from ._formats import StateFormat
+from ._formats import StateFormat, cast, compute_dtype, encode, storable
 from ._hyperparams import HyperParamLike, HyperParamLikeOrSchedule, Schedule
+from ._masks import as_bools, select
 from ._schedules import Beta3Schedule
 
 
@@ -72,7 +76,8 @@ def ademamix(
     - `weight_decay`: the strength of the decoupled weight decay.
     - `mu_dtype`: the dtype of `m1` and `m2`: float16, bfloat16, float32 or float64.
         Complex moments stay complex, `nu` is not touched. It stays what it is from step
-        to step. By default float32, or the parameter's own wider type.
+        to step. By default float32. As in [`eqx_ademamix.StateFormat`][], float32
+        stands for the parameter's own type where that is wider.
     - `mask`: as in optax: a tree of bools shaped like the parameters or a prefix of
         them, or a callable from the whole tree of parameters to such a tree; `None` for
         all. A module that is callable is a tree.
@@ -196,11 +201,15 @@ def _transformation(
 ) -> optax.GradientTransformation:
     """The `init` and `update` of an optimizer, with a mask as optax understands it."""
 
-    def masked(params: Any) -> AdEMAMix:
+    def mask_of(params: Any) -> Any:
         tree = mask(params) if callable(mask) and is_leaf(mask) else mask
-        return make(weight_decay_mask=True if tree is None else tree)
+        return True if tree is None else jax.tree.map(_python_bool, tree)
+
+    def masked(params: Any) -> AdEMAMix:
+        return make(weight_decay_mask=mask_of(params))
 
     def init(params: Any) -> Any:
+        as_bools(mask_of(params), select(True, params, "mask"), "mask")
         return masked(params).init(params)
 
     def update(updates: Any, state: Any, params: Any = None) -> Any:
@@ -208,6 +217,12 @@ def _transformation(
         return optim.update(updates, state, params)
 
     return optax.GradientTransformation(init, update)
+
+
+def _python_bool(x: Any) -> Any:
+    """optax takes 0-d arrays of bools, too."""
+    is_concrete = isinstance(x, jax.Array) and not isinstance(x, Tracer)
+    return bool(x) if is_concrete and x.dtype == bool and x.shape == () else x
 
 
 def _one_of(lr: Any, learning_rate: Any) -> Any:
@@ -237,7 +252,9 @@ def _scheduled(name: str, value: Any, scheduler: Any) -> Any:
 
 
 def _mu_format(mu_dtype: Any) -> StateFormat:
-    mu = jnp.float32 if mu_dtype is None else mu_dtype
+    if mu_dtype is None:
+        return StateFormat.float32()
+    mu = storable("mu_dtype", mu_dtype)
     return StateFormat(m1=mu, m2=mu, nu=jnp.float32)
 
 
@@ -248,11 +265,11 @@ def _deafness(mu_dtype: Any, b3: Any) -> str | None:
         return None
     dtype = jnp.dtype(mu_dtype)
     change, spacing = 1.0 - float(b3), float(jnp.finfo(dtype).epsneg)
-    if change >= spacing:
+    if dtype.itemsize > 2 or change >= spacing:
         return None
     return (
         f"In `mu_dtype={dtype.name}` the slow average `m2` cannot decay at b3 = "
-        f"{float(b3):.6g}: a step changes it by {change:.2g} of itself, but the "
+        f"{float(b3):.9g}: a step changes it by {change:.2g} of itself, but the "
         f"spacing of the numbers below 1 is {spacing:.2g}. Use the default, float32."
     )
 
@@ -275,7 +292,8 @@ def from_adamw(opt_state: Any, optim: AdEMAMix, params: PyTree[Any]) -> AdEMAMix
     - `opt_state`: the state of an optax optimizer that contains one
         `optax.ScaleByAdamState`, however deep: inside `optax.chain`,
         `optax.inject_hyperparams`, `optax.MultiSteps` (at the end of an accumulation:
-        accumulated gradients are not taken over), ...
+        accumulated gradients are not taken over), ... (`optax.adamax` has a state of
+        the same class but of another meaning.)
     - `optim`: the optimizer that goes on.
     - `params`: the model.
 
@@ -307,14 +325,17 @@ def from_adamw(opt_state: Any, optim: AdEMAMix, params: PyTree[Any]) -> AdEMAMix
         ```
     """
     check_optimizer(optim, AdEMAMix)
-    adam = find_state(opt_state, optax.ScaleByAdamState, "of Adam or AdamW")
+    adam = find_state(opt_state, _is_adam, "of Adam or AdamW")
     blank = optim.init(params)
+    m1 = _adopted("opt_state.mu", adam.mu, blank, blank.m1)
+    nu = _adopted("opt_state.nu", adam.nu, blank, blank.nu, is_real=True)
     return AdEMAMixState(
         count=copied(adam.count, jnp.int32),
         count_m2=blank.count_m2,
-        m1=_adopted("opt_state.mu", adam.mu, blank, blank.m1),
-        m2=blank.m2,
-        nu=_adopted("opt_state.nu", adam.nu, blank, blank.nu),
+        m1=m1,
+        # Sharded as the others, which need not be sharded as the parameters are.
+        m2=jax.tree.map(lambda m, x: jnp.zeros_like(x, dtype=m.dtype), blank.m2, nu),
+        nu=nu,
     )
 
 
@@ -324,7 +345,7 @@ def to_adamw(state: AdEMAMixState) -> optax.ScaleByAdamState:
 
     **Arguments:**
 
-    - `state`: the state of an [`eqx_ademamix.AdEMAMix`][].
+    - `state`: the state of an [`eqx_ademamix.AdEMAMix`][], or one that contains it.
 
     **Returns:**
 
@@ -333,7 +354,7 @@ def to_adamw(state: AdEMAMixState) -> optax.ScaleByAdamState:
 
     **Raises:**
 
-    - `ValueError`: if the state has no `m1`, because `b1=0`.
+    - `ValueError`: if it is no such state, or has no `m1`, because `b1=0`.
 
     !!! Example
 
@@ -348,7 +369,7 @@ def to_adamw(state: AdEMAMixState) -> optax.ScaleByAdamState:
         opt_state = (eqx_ademamix.to_adamw(state), *adamw.init(params)[1:])
         ```
     """
-    check_state_type(state, None, AdEMAMixState)
+    state = _our_state(state)
     if jax.tree.leaves(state.m2) and not jax.tree.leaves(state.m1):
         raise ValueError(
             "`state` has no first moment, since its optimizer has `b1=0`, but Adam "
@@ -366,7 +387,8 @@ def from_optax(opt_state: Any, optim: AdEMAMix, params: PyTree[Any]) -> AdEMAMix
     **Arguments:**
 
     - `opt_state`: the state of an optax optimizer that contains one
-        `optax.contrib.ScaleByAdemamixState`, however deep.
+        `optax.contrib.ScaleByAdemamixState`, or one with the same fields from another
+        implementation, however deep.
     - `optim`: the optimizer that goes on.
     - `params`: the model.
 
@@ -393,15 +415,14 @@ def from_optax(opt_state: Any, optim: AdEMAMix, params: PyTree[Any]) -> AdEMAMix
         ```
     """
     check_optimizer(optim, AdEMAMix)
-    cls = optax.contrib.ScaleByAdemamixState
-    found = find_state(opt_state, cls, "of optax.contrib.ademamix")
+    found = find_state(opt_state, _is_optax, "of optax.contrib.ademamix")
     blank = optim.init(params)
     return AdEMAMixState(
         count=copied(found.count, jnp.int32),
         count_m2=copied(found.count_m2, jnp.int32),
         m1=_adopted("opt_state.m1", found.m1, blank, blank.m1),
         m2=_adopted("opt_state.m2", found.m2, blank, blank.m2),
-        nu=_adopted("opt_state.nu", found.nu, blank, blank.nu),
+        nu=_adopted("opt_state.nu", found.nu, blank, blank.nu, is_real=True),
     )
 
 
@@ -411,7 +432,7 @@ def to_optax(state: AdEMAMixState) -> optax.contrib.ScaleByAdemamixState:
 
     **Arguments:**
 
-    - `state`: the state of an [`eqx_ademamix.AdEMAMix`][].
+    - `state`: the state of an [`eqx_ademamix.AdEMAMix`][], or one that contains it.
 
     **Returns:**
 
@@ -432,7 +453,7 @@ def to_optax(state: AdEMAMixState) -> optax.contrib.ScaleByAdemamixState:
         opt_state = (eqx_ademamix.to_optax(state), *tx.init(params)[1:])
         ```
     """
-    check_state_type(state, None, AdEMAMixState)
+    state = _our_state(state)
     has_m1 = jax.tree.leaves(state.m1) or not jax.tree.leaves(state.m2)
     m1 = _copies(state.m1) if has_m1 else jax.tree.map(jnp.zeros_like, state.m2)
     return optax.contrib.ScaleByAdemamixState(
@@ -444,48 +465,86 @@ def to_optax(state: AdEMAMixState) -> optax.contrib.ScaleByAdemamixState:
     )
 
 
-def find_state(opt_state: Any, cls: type, of_what: str) -> Any:
-    """The one state of a class that another contains."""
-    is_one = lambda x: isinstance(x, cls)
+def _our_state(state: Any) -> AdEMAMixState:
+    return on_device(find_state(state, is_ours, "of AdEMAMix", name="state"))
+
+
+def is_ours(x: Any) -> bool:
+    return isinstance(x, AdEMAMixState)
+
+
+def _is_adam(x: Any) -> bool:
+    return isinstance(x, optax.ScaleByAdamState)
+
+
+def _is_optax(x: Any) -> bool:
+    # By its fields, since there are several named tuples of this kind: optax's, and
+    # those of the implementations that it comes from.
+    return getattr(x, "_fields", None) == optax.contrib.ScaleByAdemamixState._fields
+
+
+def find_state(
+    opt_state: Any, is_one: Callable[[Any], bool], of_what: str, name: str = "opt_state"
+) -> Any:
+    """The one state of a kind that another contains, alive and with NumPy's arrays made
+    JAX's."""
     found = [x for x in jax.tree.leaves(opt_state, is_leaf=is_one) if is_one(x)]
     if len(found) != 1:
         kinds = ", ".join(dict.fromkeys(_kinds(opt_state))) or describe(opt_state)
         raise ValueError(
-            f"`opt_state` has {len(found) or 'no'} states {of_what} "
-            f"(`{cls.__name__}`), but one was expected. Found in it: {kinds[:300]}. "
-            "Pass the state of the optimizer, or the one part of it that is meant."
+            f"`{name}` has {len(found) or 'no'} states {of_what}, but one was "
+            f"expected. Found in it: {shortened(kinds, 300)}. Pass the state of the "
+            "optimizer, or the one part of it that is meant."
         )
-    return found[0]
+    check_alive(name, found[0])
+    for counter in ("count", "count_m2"):
+        count = getattr(found[0], counter, jnp.zeros((), int))
+        if jnp.shape(count) != ():
+            raise ValueError(
+                f"{name}.{counter} is {describe(count)}, but a scalar was expected. "
+                "Convert a batch of states under `eqx.filter_vmap`."
+            )
+    return on_device(found[0])
 
 
 def _kinds(node: Any) -> list[str]:
     """The names of the classes of the states inside a state."""
-    if is_leaf(node) or isinstance(node, dict):
+    if is_leaf(node):
         return []
-    if type(node) in (list, tuple):
-        return [name for _, child in children(node)[0] for name in _kinds(child)]
-    inner = [child for _, child in children(node)[0] if isinstance(child, tuple)]
-    return [type(node).__name__, *(name for child in inner for name in _kinds(child))]
+    inner = [child for _, child in children(node)[0] if not is_leaf(child)]
+    if type(node) in (list, tuple, dict):
+        return [kind for child in inner for kind in _kinds(child)]
+    inner = [x for x in inner if isinstance(x, tuple) or type(x) in (list, dict)]
+    return [type(node).__name__, *(kind for x in inner for kind in _kinds(x))]
 
 
-def _adopted(name: str, tree: Any, blank: AdEMAMixState, like: Any) -> Any:
-    """Copies of a foreign tree of moments, in the dtypes of our own."""
+def _adopted(
+    name: str, tree: Any, blank: AdEMAMixState, like: Any, *, is_real: bool = False
+) -> Any:
+    """Copies of a foreign tree of moments, stored as our own are."""
     tree = eqx.filter(tree, eqx.is_inexact_array)
-    other = "the state of `optim`"
     check_against_state(
-        name, tree, blank.nu, other=other, keep_extra=True, complex_too=False
+        name,
+        tree,
+        blank.m2,
+        other="the state of `optim`",
+        keep_extra=True,
+        complex_too=not is_real,
     )
     return jax.tree.map(
-        lambda own, x: None if own is None else _in_dtype(x, own.dtype),
+        lambda own, x: None if own is None else in_format(x, own),
         like,
-        tree,
+        aligned(tree, blank.m2),
         is_leaf=is_none,
     )
 
 
-def _in_dtype(x: Any, dtype: Any) -> Any:
-    is_real = not jnp.issubdtype(dtype, jnp.complexfloating)
-    return copied(jnp.real(x) if is_real else x, dtype)
+def in_format(x: Any, own: Any) -> Any:
+    """A copy of a moment, stored as our own of that parameter is."""
+    if not jnp.iscomplexobj(own):
+        x = jnp.real(x)  # optax starts the `nu` of a complex parameter complex
+    real = compute_dtype(x.dtype, own.dtype)
+    return copied(encode(cast(jnp.asarray(x), real), own.dtype))
 
 
 def _copies(tree: Any) -> Any:

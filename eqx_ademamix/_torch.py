@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import PyTree
 
 from ._ademamix import AdEMAMix, AdEMAMixState
-from ._checks import check_optimizer, describe, no_type_check
+from ._checks import check_optimizer, describe, no_type_check, path_text, shortened
+from ._optax import in_format
 
 
 Name: TypeAlias = str | int
@@ -40,13 +42,13 @@ def from_torch(
     - `optim`: the optimizer that goes on.
     - `params`: the model.
     - `names`: for each trained leaf of `params` its path, as error messages print it
-        after the tree's name (`.layers[0].weight`), mapped to the parameter's name or
-        index in the state dict; or to a pair of that and a function that is applied to
-        each of its moments, for example `numpy.transpose`.
+        (`.layers[0].weight`, with or without `params` before it), mapped to the
+        parameter's name or index in the state dict; or to a pair of that and a function
+        that is applied to each of its moments, for example `numpy.transpose`.
 
     **Returns:**
 
-    The state of `optim`, in its own format, on the default device.
+    The state of `optim`, in its own format, sharded as the parameters.
 
     **Raises:**
 
@@ -72,20 +74,16 @@ def from_torch(
         ```
     """
     check_optimizer(optim, AdEMAMix)
-    if "state" not in state_dict:
-        raise ValueError(
-            f"`state_dict` is {describe(state_dict)}, but a PyTorch optimizer's "
-            "`state_dict()` has the keys 'state' and 'param_groups'."
-        )
     blank = optim.init(params)
-    leaves, treedef = jtu.tree_flatten_with_path(blank.nu)
-    found = [_read(state_dict, names, jtu.keystr(path), x.shape) for path, x in leaves]
+    _check_kinds(state_dict, names)
+    leaves, treedef = jtu.tree_flatten_with_path(blank.m2)
+    has_m1 = bool(jtu.tree_leaves(blank.m1))
+    found = [_read(state_dict, names, path, x, has_m1) for path, x in leaves]
 
     def tree(name: str, like: Any) -> Any:
         moments = treedef.unflatten([getattr(x, name) for x in found])
-        return jax.tree.map(lambda own, x: jnp.array(x, own.dtype), like, moments)
+        return jax.tree.map(_on_devices_of, like, moments)
 
-    has_m1 = bool(jtu.tree_leaves(blank.m1))
     return AdEMAMixState(
         count=jnp.asarray(_steps(found), jnp.int32),
         count_m2=jnp.asarray(_steps(found), jnp.int32),
@@ -93,6 +91,25 @@ def from_torch(
         m2=tree("m2", blank.m2),
         nu=tree("nu", blank.nu),
     )
+
+
+def _on_devices_of(own: Any, x: Any) -> Any:
+    moment = in_format(jnp.asarray(x), own)
+    return moment if isinstance(own, Tracer) else jax.device_put(moment, own.sharding)
+
+
+def _check_kinds(state_dict: Any, names: Any) -> None:
+    has_state = isinstance(state_dict, Mapping) and "state" in state_dict
+    if not (has_state and isinstance(state_dict["state"], Mapping)):
+        raise ValueError(
+            f"`state_dict` is {describe(state_dict)}, but a PyTorch optimizer's "
+            "`state_dict()` has the keys 'state' and 'param_groups'."
+        )
+    if not isinstance(names, Mapping):
+        raise TypeError(
+            f"`names` is {describe(names)}, but a dict was expected, from the path of "
+            "each trained leaf to the parameter's name or index in the state dict."
+        )
 
 
 class _Found(NamedTuple):
@@ -104,40 +121,53 @@ class _Found(NamedTuple):
     step: int
 
 
-def _read(state_dict: Any, names: Names, path: str, shape: tuple[int, ...]) -> _Found:
-    name, fn = _name(names, path)
+def _read(state_dict: Any, names: Any, path: Any, like: Any, has_m1: bool) -> _Found:
+    where = f"params{path_text(path)}"
+    name, fn = _name(names, path, where)
     index, group = _index(state_dict, name)
     state = state_dict["state"].get(index)
-    if state is None:
+    if not isinstance(state, Mapping):
         known = ", ".join(map(repr, list(state_dict["state"])[:8]))
         raise ValueError(
-            f"names[{path!r}] is {name!r}, but `state_dict` has no state of that name "
-            f"or index. It has those of {known or 'nothing'}."
+            f"{where} is mapped to {shortened(repr(name), 60)}, but `state_dict` has "
+            "no state of that name or index. It has those of "
+            f"{shortened(known, 200) or 'nothing'}."
         )
-    step = state.get("step", group.get("step"))
-    if step is None:
-        raise ValueError(
-            f"params{path}: `state_dict` has no 'step' for {name!r}, neither in its "
-            "state nor in its group. Which optimizer wrote it?"
-        )
-    moments = [_moment(f"params{path}", x, fn, shape) for x in _moments(state, path)]
-    return _Found(*moments, step=int(np.asarray(step)))
+    # Where newer versions of bitsandbytes put what must not be cast.
+    state = {**state, **state.get("__bnb_optimizer_quant_state__", {})}
+    m1, m2, nu = _moments(state, where)
+    zero = None if has_m1 else np.zeros(like.shape, np.float32)
+    return _Found(
+        m1=_moment(where, "m1", zero if m1 is None else m1, fn, like),
+        m2=_moment(where, "m2", m2, fn, like),
+        nu=_moment(where, "nu", nu, fn, like),
+        step=_step(where, state, group),
+    )
 
 
-def _name(names: Names, path: str) -> tuple[Name, Callable[[Any], Any]]:
-    entry = names.get(path, names.get(path.removeprefix(".")))
+def _name(names: Any, path: Any, where: str) -> tuple[Any, Callable[[Any], Any]]:
+    text = jtu.keystr(path)
+    keys = (text, text.removeprefix("."), f"params{text}")
+    entry = next((names[key] for key in keys if key in names), None)
     if entry is None:
         raise ValueError(
-            f"`names` has no entry for params{path}, which is trained. Give it the "
-            f"parameter's name or index in the state dict: {{{path!r}: ...}}."
+            f"`names` has no entry for {where}, which is trained. Give it the "
+            "parameter's name or index in the state dict, by the path without the word "
+            "`params`."
         )
-    return entry if isinstance(entry, tuple) else (entry, lambda x: x)
+    name, fn = entry if type(entry) is tuple and len(entry) == 2 else (entry, None)
+    if not isinstance(name, str | int | np.integer) or not (fn is None or callable(fn)):
+        raise TypeError(
+            f"`names` has {describe(entry)} for {where}, but a name, an index, or a "
+            "pair of one and a function was expected."
+        )
+    return name, fn or (lambda x: x)
 
 
-def _index(state_dict: Any, name: Name) -> tuple[Name, Mapping[str, Any]]:
+def _index(state_dict: Any, name: Any) -> tuple[Any, Mapping[str, Any]]:
     """The key of a parameter's state, and its group. PyTorch counts parameters over all
     groups and may keep their names beside the numbers."""
-    for group in state_dict.get("param_groups", ()):
+    for group in state_dict.get("param_groups") or ():
         indices = list(group.get("params", ()))
         by_name = dict(zip(group.get("param_names", ()), indices, strict=False))
         index = by_name.get(name, name)
@@ -146,49 +176,74 @@ def _index(state_dict: Any, name: Name) -> tuple[Name, Mapping[str, Any]]:
     return name, {}
 
 
-def _moments(state: Mapping[str, Any], path: str) -> tuple[Any, Any, Any]:
+def _moments(state: Mapping[str, Any], where: str) -> tuple[Any, Any, Any]:
     """`m1` (`None` at `b1 = 0`), `m2` and `nu`."""
     if all(key in state for key in _STACKED):
         stacked, nu = (state[key] for key in _STACKED)
-        return stacked[0], stacked[1], nu
+        if np.shape(stacked)[:1] == (2,):
+            return stacked[0], stacked[1], nu
     for keys in _KEYS:
         if all(key in state for key in keys):
             m1, m2, nu = (state[key] for key in keys)
             return m1, m2, nu
-    found = ", ".join(map(str, state))
+    found = shortened(", ".join(map(str, state)), 120)
     raise ValueError(
-        f"params{path}: a moment is missing. The state dict has {found or 'nothing'} "
-        "for it, but exp_avg_fast (or exp_avg), exp_avg_slow and exp_avg_sq, or state1 "
-        "and state2, were expected."
+        f"{where}: a moment is missing. The state dict has {found or 'nothing'} for "
+        "it, but exp_avg_fast (or exp_avg), exp_avg_slow and exp_avg_sq, or state1 "
+        "(two moments, stacked) and state2, were expected."
     )
 
 
-def _moment(
-    where: str, x: Any, fn: Callable[[Any], Any], shape: tuple[int, ...]
-) -> Any:
-    if x is None:  # Apple's at `b1 = 0`, where the next step does not read it
-        return np.zeros(shape, np.float32)
+def _moment(where: str, name: str, x: Any, fn: Callable[[Any], Any], like: Any) -> Any:
+    if x is None:
+        raise ValueError(
+            f"{where}: the moment `{name}` is missing: it is None in the state dict. "
+            "An `m1` may be None for an optimizer with `b1=0` only."
+        )
     moment = np.asarray(fn(np.asarray(x)))
     if moment.dtype == np.uint8:
         raise ValueError(
             f"{where} has moments in 8 bits in the state dict, but only the 32-bit "
             "optimizer of bitsandbytes can be read. Train a step with `optim_bits=32`."
         )
-    if moment.shape != shape:
+    if moment.shape != like.shape:
         raise ValueError(
-            f"{where} has shape {shape}, but its moment in the state dict has "
+            f"{where} has shape {like.shape}, but its moment in the state dict has "
             f"{moment.shape}. Map the path to a pair `(name, function)`, for example "
             "with `numpy.transpose`."
+        )
+    if np.iscomplexobj(moment) != jnp.iscomplexobj(like) and name != "nu":
+        raise ValueError(
+            f"{where} has dtype {like.dtype} in the optimizer, but its moment in the "
+            f"state dict has {moment.dtype}: complex against real. Is it the state of "
+            "another model?"
         )
     return moment
 
 
+def _step(where: str, state: Mapping[str, Any], group: Mapping[str, Any]) -> int:
+    steps = [x for x in (state.get("step"), group.get("step")) if x is not None]
+    if not steps:
+        raise ValueError(
+            f"{where}: `state_dict` has no 'step' for it, neither in its state nor in "
+            "its group. Which optimizer wrote it?"
+        )
+    step = np.asarray(steps[0])
+    is_count = step.size == 1 and step.dtype.kind in "iuf"
+    if not (is_count and 0 <= step.item() < 2**31 and step.item() == int(step.item())):
+        raise ValueError(
+            f"{where}: its 'step' in the state dict is {describe(steps[0])}, but a "
+            "number of steps was expected."
+        )
+    return int(step.item())
+
+
 def _steps(found: list[_Found]) -> int:
-    steps = {x.step for x in found}
+    steps = sorted({x.step for x in found})
     if len(steps) > 1:
         raise ValueError(
-            f"`state_dict` has parameters after different numbers of steps, "
-            f"{sorted(steps)}, but one number was expected for all. Were some of them "
-            "frozen for a while?"
+            "`state_dict` has parameters after different numbers of steps, "
+            f"{shortened(str(steps), 100)}, but one number was expected for all. Were "
+            "some of them frozen for a while?"
         )
-    return steps.pop() if steps else 0
+    return steps[0] if steps else 0

@@ -3,7 +3,7 @@
 # pyright: reportArgumentType=false, reportCallIssue=false
 
 import itertools as it
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -221,6 +221,29 @@ def test_no_buffer_is_shared():
     assert all(not x.is_deleted() for x in jtu.tree_leaves(opt_state))
 
 
+def test_states_inside_others_and_of_numpy():
+    """Ours in a chain, with NumPy's arrays, and the references' named tuple."""
+    model, optim = make_mlp(), AdEMAMix(1e-2)
+    _, state = train(optim, model, init(optim, model), 3)
+    inside = (optax.EmptyState(), {"inner": jax.device_get(state)})
+    assert_trees_close(to_adamw(inside), to_adamw(state), 0.0)  # pyright: ignore
+    assert_trees_close(to_optax(inside), to_optax(state), 0.0)  # pyright: ignore
+    fields = [(k, Any) for k in ("count", "count_m2", "m1", "m2", "nu")]
+    reference = NamedTuple("ScaleByAdemamixState", fields)
+    theirs: Any = to_optax(state)
+    assert_trees_close(from_optax(reference(*theirs), optim, model), state, 0.0)
+
+
+def test_too_large_for_the_format():
+    """A finite moment stays finite in float16, as it does in a step."""
+    params = {"w": jnp.full((3,), 1e6)}
+    adamw = optax.adamw(1e-2)
+    _, opt_state = adamw.update(params, adamw.init(params), params)
+    fmt = StateFormat(m1=jnp.float16, m2=jnp.float32, nu=jnp.float16)
+    state: Any = from_adamw(opt_state, AdEMAMix(1e-2, state_format=fmt), params)
+    assert jnp.all(state.nu["w"] == 65504) and jnp.all(state.m1["w"] == 65504)
+
+
 def test_shardings_are_kept():
     devices = np.asarray(jax.devices())
     sharding = NamedSharding(Mesh(devices, ("data",)), PartitionSpec("data", None))
@@ -234,6 +257,13 @@ def test_shardings_are_kept():
             assert moment["w"].sharding.is_equivalent_to(sharding, 2)
     back: Any = to_adamw(state)
     assert back.mu["w"].sharding.is_equivalent_to(sharding, 2)
+    # An Adam state that is sharded though the parameters are not.
+    state = from_adamw(opt_state, optim, {"w": jnp.ones((16, 4))})
+    moments = {k: np.zeros((16, 4)) for k in ("exp_avg", "exp_avg_slow", "exp_avg_sq")}
+    state_dict = {"state": {0: {"step": 1, **moments}}}
+    for each in (state, from_torch(state_dict, optim, params, {"['w']": 0})):
+        for moment in (each.m1, each.m2, each.nu):
+            assert moment["w"].sharding.is_equivalent_to(sharding, 2)
 
 
 #
@@ -305,7 +335,15 @@ def bitsandbytes(ref: Reference, transpose: bool) -> dict[str, Any]:
     return {"step": np.asarray(STEPS), "state1": stacked, "state2": state["exp_avg_sq"]}
 
 
-@pytest.mark.parametrize("write", (apple, pytorch_optimizer, bitsandbytes))
+def newer_bitsandbytes(ref: Reference, transpose: bool) -> dict[str, Any]:
+    state = bitsandbytes(ref, transpose)
+    return {"step": state.pop("step"), "__bnb_optimizer_quant_state__": state}
+
+
+WRITERS = (apple, pytorch_optimizer, bitsandbytes, newer_bitsandbytes)
+
+
+@pytest.mark.parametrize("write", WRITERS)
 @pytest.mark.parametrize(
     "how", ("index", "name", "param_names", "no dot", "transposed")
 )
@@ -429,6 +467,14 @@ def test_extend_leaves_constants_alone():
     assert new.b3 == 0.99 and new.learning_rate == 1e-3
 
 
+def test_extend_a_delayed_warmup():
+    """One that has not begun yet begins when it would have."""
+    alpha = alpha_scheduler(8.0, warmup=100, offset=-100)
+    optim = AdEMAMix(1e-3, alpha=alpha)
+    new: Any = extend(optim, at_count(optim, 10), warmup=200)
+    assert new.alpha(100) == 0.0 and new.alpha(200) == 4.0 and new.alpha(300) == 8.0
+
+
 def test_extend_from_zero():
     optim = AdEMAMix(1e-3, b3=beta3_scheduler(0.999, 0.0, warmup=100))
     new: Any = extend(optim, at_count(optim, 0), warmup=200)
@@ -461,10 +507,16 @@ def torch(state_dict: Any, names: Any = NAMES) -> Any:
     return lambda: from_torch(state_dict, OURS, PARAMS, names)
 
 
+def donated_adam() -> None:
+    opt_state: Any = optax.adam(1e-3).init(PARAMS)
+    opt_state[0].mu["w"].delete()
+    from_adamw(opt_state, OURS, PARAMS)
+
+
 ERRORS: dict[str, Any] = {
     "no Adam state": (
         lambda: from_adamw(optax.sgd(1e-3, momentum=0.9).init(PARAMS), OURS, PARAMS),
-        r"no states of Adam or AdamW \(`ScaleByAdamState`\), .* Found in it: TraceState",
+        r"no states of Adam or AdamW, .* Found in it: TraceState",
     ),
     "ours for Adam's": (
         lambda: from_adamw(OURS.init(PARAMS), OURS, PARAMS),
@@ -496,7 +548,7 @@ ERRORS: dict[str, Any] = {
     ),
     "Adam's for optax": (
         lambda: from_optax(optax.adam(1e-3).init(PARAMS), OURS, PARAMS),
-        "no states of optax.contrib.ademamix .* Found in it: ScaleByAdamState",
+        "no states of optax.contrib.ademamix, .* Found in it: ScaleByAdamState",
     ),
     "optax of another model": (
         lambda: from_optax(optax.contrib.ademamix(1e-3).init(OTHER), OURS, PARAMS),
@@ -508,7 +560,7 @@ ERRORS: dict[str, Any] = {
     ),
     "to_adamw of optax": (
         lambda: to_adamw(optax.adam(1e-3).init(PARAMS)),
-        "`state` is a tuple of length 2, but an `AdEMAMixState`",
+        "`state` has no states of AdEMAMix, .* Found in it: ScaleByAdamState",
     ),
     "from_adamw of optax's optimizer": (
         lambda: from_adamw(optax.adam(1e-3).init(PARAMS), optax.adam(1e-3), PARAMS),
@@ -524,7 +576,7 @@ ERRORS: dict[str, Any] = {
     ),
     "torch: unknown name": (
         torch(torch_state(), {"['b']": 0, "['w']": "net.w"}),
-        r"names\[\"\['w'\]\"\] is 'net.w', but `state_dict` has no state of that name",
+        r"params\['w'\] is mapped to 'net.w', but `state_dict` has no state of that",
     ),
     "torch: a moment is missing": (
         torch({"state": {0: torch_state()["state"][0], 1: {"step": 3, "exp_avg": 0}}}),
@@ -544,7 +596,7 @@ ERRORS: dict[str, Any] = {
     ),
     "torch: no steps": (
         torch(torch_state(step=None)),
-        r"params\['w'\]: `state_dict` has no 'step' for 1",
+        r"params\['w'\]: `state_dict` has no 'step' for it",
     ),
     "extend: a function": (
         lambda: extend(
@@ -564,15 +616,63 @@ ERRORS: dict[str, Any] = {
         lambda: extend(ALPHA, at_count(ALPHA, 30), warmup=-1),
         "`warmup` is -1.0, but a finite number >= 0",
     ),
+    "torch: a moment is None": (
+        torch(torch_state(exp_avg_sq=None)),
+        r"params\['w'\]: the moment `nu` is missing: it is None",
+    ),
+    "torch: complex": (
+        torch(torch_state(exp_avg_slow=np.zeros((2, 3), complex))),
+        r"params\['w'\] has dtype float32 in the optimizer, but .* complex128",
+    ),
+    "torch: half a step": (
+        torch(torch_state(step=3.5)),
+        r"params\['w'\]: its 'step' in the state dict is the float 3.5",
+    ),
+    "torch: names in a list": (
+        torch(torch_state(), ["w"]),
+        "`names` is a list of length 1, but a dict was expected",
+    ),
+    "torch: a strange name": (
+        torch(torch_state(), {"['b']": 0, "['w']": [1, 2]}),
+        r"`names` has a list of length 2 for params\['w'\], but a name, an index",
+    ),
+    "complex Adam for a real model": (
+        lambda: from_adamw(
+            optax.adam(1e-3).init(jax.tree.map(lambda x: x.astype(complex), PARAMS)),
+            OURS,
+            PARAMS,
+        ),
+        r"opt_state.mu\['b'\] has dtype complex64, but the state of `optim` is for a real",
+    ),
+    "a batch of states": (
+        lambda: from_adamw(
+            jax.vmap(optax.adam(1e-3).init)(jax.tree.map(lambda x: x[None], PARAMS)),
+            OURS,
+            PARAMS,
+        ),
+        r"opt_state.count is an int32 array of shape \(1,\), but a scalar",
+    ),
+    "a donated state": (
+        donated_adam,
+        r"opt_state.mu\['w'\] has been deleted",
+    ),
+    "extend: batched schedules": (
+        lambda: extend(
+            eqx.tree_at(lambda o: o.alpha.warmup, ALPHA, jnp.ones(3)),
+            at_count(OURS, 3),
+            warmup=200,
+        ),
+        r"optim.alpha.warmup is a float32 array of shape \(3,\), but a concrete number",
+    ),
     "extend: traced": (
         lambda: jax.jit(lambda s: extend(ALPHA, s, warmup=200).alpha(3))(
             at_count(ALPHA, 3)
         ),
-        r"state.count_m2 is an int32 array of shape \(\), but a concrete counter",
+        r"state.count_m2 is an int32 array of shape \(\), but a concrete number",
     ),
     "extend: no state": (
         lambda: extend(ALPHA, PARAMS, warmup=200),
-        "`state` is a dict with the keys 'w', 'b', but an `AdEMAMixState`",
+        "`state` has no states of AdEMAMix, .* Found in it: a dict with the keys",
     ),
 }
 

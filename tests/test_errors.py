@@ -131,7 +131,7 @@ CASES = (
     ("swapped", lambda: update(OPTIM, STATE, GRADS, MODEL), "`grads` is an `AdEMAMixState`: were `grads` and `state` swapped"),
     ("optimizer last", lambda: update(GRADS, STATE, OPTIM), "`optim` is a `MLP`, but an optimizer of this package"),
     ("optax's optimizer", lambda: init(optax.adam(1e-3), MODEL), "`optim` is a `GradientTransformation"),
-    ("model first", lambda: init(MODEL, OPTIM), "`optim` is a `MLP`, but an optimizer of this package was expected. The order of arguments is"),
+    ("model first", lambda: init(MODEL, OPTIM), "`optim` is a `MLP`, but an optimizer of this package was expected. Mind the order of arguments"),
     # the state
     ("of another model", lambda: update(OPTIM, GRADS, init(OPTIM, SWAPPED), MODEL), r"params\.layers\[0\]\.weight " + SHAPE.format("4, 3", "5, 3")),
     ("of another model, no params", lambda: update(OPTIM, GRADS, init(OPTIM, SWAPPED)), r"grads\.layers\[0\]\.weight " + SHAPE.format("4, 3", "5, 3")),

@@ -135,6 +135,26 @@ def test_bias_correction_of_nothing():
                 np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
 
 
+def test_all_kinds_of_arguments():
+    """NumPy's leaves, decays and orders, Python's integers; keys are left alone."""
+    g, m = {"w": np.full(3, 2.0)}, {"w": np.zeros(3, np.float32)}
+    for order in (2, 2.0, np.int64(2), np.float32(2), jnp.asarray(2)):
+        for decay in (0, 0.0, np.float32(0), jnp.asarray(0)):
+            for update in (tree_update_moment, tree_update_moment_per_elem_norm):
+                assert jnp.all(update(g, m, decay, order)["w"] == 4.0)
+    key = jax.random.key(0)
+    assert tree_cast({"key": key}, jnp.bfloat16)["key"] is key
+    corrected = tree_bias_correction({"n": jnp.arange(3), "f": jnp.tanh}, 0.9, 1)
+    assert corrected["f"] is jnp.tanh and corrected["n"][2] == 2
+    mask = {"w": jnp.asarray(True), "b": jnp.asarray(False)}
+    tx, p = (
+        ademamix(1.0, weight_decay=0.5, mask=mask),
+        {"w": jnp.ones(2), "b": jnp.ones(2)},
+    )
+    updates: Any = tx.update(tree_zeros_like(p), tx.init(p), p)[0]
+    assert jnp.all(updates["w"] == -0.5) and jnp.all(updates["b"] == 0)
+
+
 def test_against_optax():
     g = {"w": jnp.linspace(-1, 1, 12).reshape(3, 4), "c": jnp.asarray([1 + 2j, -3j])}
     m = tree_zeros_like(g)
@@ -184,6 +204,14 @@ def test_against_optax():
                 jnp.ones(2), jnp.asarray(0.9, jnp.bfloat16), 1
             ),
             "`decay` is a bfloat16 array",
+        ),
+        (
+            lambda: tree_bias_correction(jnp.ones(()), 0.9, jnp.ones(3, int)),
+            r"`count` has shape \(3,\), but a scalar",
+        ),
+        (
+            lambda: tree_update_moment(jnp.ones(2), jnp.ones(2), 0.9, "1"),  # pyright: ignore
+            "`order` is the str '1', but a real number",
         ),
     ),
 )
@@ -295,7 +323,14 @@ def test_scale_has_a_positive_sign():
             "`alpha_scheduler` is the float 5.0, but a function",
         ),
         (lambda: ademamix(1e-3, b1=1.0), r"`b1` is 1.0, but a number in \[0, 1\)"),
-        (lambda: ademamix(1e-3, mu_dtype=jnp.int32), "one of the dtypes float16"),
+        (
+            lambda: ademamix(1e-3, mu_dtype=jnp.int32),
+            "`mu_dtype` is .* one of the dtypes",
+        ),
+        (
+            lambda: ademamix(1e-3, mask={"w": 3}).init({"w": jnp.ones(2)}),
+            r"mask\['w'\] is the int 3, but a bool was expected",
+        ),
     ),
 )
 def test_bad_arguments(call: Any, text: str):
@@ -349,6 +384,7 @@ def test_warns_once_of_a_dtype_that_cannot_decay():
         warnings.simplefilter("error")
         ademamix(1e-3, b3=0.99, mu_dtype=jnp.bfloat16)
         ademamix(1e-3, b3=0.9999, mu_dtype=jnp.float32)
+        ademamix(1e-3, b3=1 - 1e-9, mu_dtype=jnp.float32)
         ademamix(1e-3)
         ademamix(1e-3, b3=lambda count: 0.9999, mu_dtype=jnp.bfloat16)
 
