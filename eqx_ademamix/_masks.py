@@ -138,8 +138,9 @@ def decay_mask(
     5. its field is named as a bias (`bias`, `bias_ih`, `qkv_bias`, ...): not decayed,
        whatever its rank,
     6. its rank: decayed from 2 on. Axes that come from stacking layers with
-       `eqx.filter_vmap` do not count. They are recognised by the layers of `eqx.nn`
-       inside the stack, whose ranks are known, and by jaxtyping annotations.
+       `eqx.filter_vmap` do not count. A stack is recognised by the layers of `eqx.nn`
+       in it, whose ranks are known, and by jaxtyping annotations of fields. One that
+       has neither looks like a single layer: name its vectors in `exclude`.
 
     Everything else (functions, integers, ...) is `False`.
 
