@@ -13,13 +13,16 @@ import eqx_ademamix
 
 
 ROOT = pathlib.Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md")))
+DOCS = sorted((ROOT / "docs").glob("**/*.md"))
+PAGES = (ROOT / "README.md", *DOCS)
+MKDOCS = (ROOT / "mkdocs.yml").read_text()
 PUBLIC = {
     name: obj
     for name, obj in vars(eqx_ademamix).items()
     if not name.startswith("_") and not inspect.ismodule(obj)
 }
 BLOCK = re.compile(r"^( *)```python\n(.*?)^\1```", re.DOTALL | re.MULTILINE)
+ONE_PROGRAM = "<!-- The Python blocks of this page are one program. -->"
 
 
 def docstrings() -> dict[str, str]:
@@ -32,12 +35,18 @@ def docstrings() -> dict[str, str]:
     return found
 
 
+def programs(text: str) -> list[str]:
+    """The Python blocks of a text, each a program, unless the text says otherwise."""
+    found = [inspect.cleandoc("\n" + code) for _, code in BLOCK.findall(text)]
+    return ["\n\n".join(found)] if ONE_PROGRAM in text else found
+
+
 def blocks() -> list[Any]:
     texts = {page.relative_to(ROOT).as_posix(): page.read_text() for page in PAGES}
     return [
-        pytest.param(inspect.cleandoc("\n" + code), id=f"{name}-{i}")
+        pytest.param(code, id=f"{name}-{i}")
         for name, text in (texts | docstrings()).items()
-        for i, (_, code) in enumerate(BLOCK.findall(text))
+        for i, code in enumerate(programs(text))
     ]
 
 
@@ -52,7 +61,19 @@ def test_block_runs(code: str):
 
 
 def test_there_are_blocks():
-    assert len(blocks()) >= 10
+    assert len(blocks()) >= 50
+
+
+def test_getting_started_is_the_quickstart():
+    """The page explains every line of the example, and no other."""
+    [shown] = programs((ROOT / "docs/getting-started.md").read_text())
+    source = (ROOT / "examples/quickstart.py").read_text().split('"""\n', 1)[1]
+    around = ("def main() -> None:", 'if __name__ == "__main__":', "main()")
+    assert lines_of(shown) == [x for x in lines_of(source) if x not in around]
+
+
+def lines_of(code: str) -> list[str]:
+    return [line.strip() for line in code.splitlines() if line.strip()]
 
 
 @pytest.mark.parametrize("name", sorted(PUBLIC))
@@ -81,6 +102,19 @@ def test_links_are_relative_and_lead_somewhere():
                 assert page.name != "README.md" or target.startswith("#"), target
                 continue
             assert (page.parent / target.split("#")[0]).exists(), (page, target)
+
+
+@pytest.mark.parametrize("page", DOCS, ids=[page.stem for page in DOCS])
+def test_pages_have_a_title_a_description_and_a_place(page: pathlib.Path):
+    head = re.match(r"---\ntitle: .+\ndescription: .+\.\n---\n", page.read_text())
+    assert head, "begin the page with its title and description"
+    assert re.search(rf"^ +- .+: {page.name}$", MKDOCS, re.MULTILINE), "not in nav"
+
+
+def test_figures_have_alternative_texts():
+    for page in PAGES:
+        for text in re.findall(r"!\[(.*?)\]\(", page.read_text(), re.DOTALL):
+            assert len(text) > 20, (page, text)
 
 
 def test_the_version():

@@ -13,7 +13,12 @@ _DISPLAY = re.compile(r'<div class="arithmatex">\\\[(.*?)\\\]</div>', re.DOTALL)
 
 def on_page_content(content: str, **_: Any) -> str:
     content = _INLINE.sub(lambda found: _render(found[1], "inline"), content)
-    return _DISPLAY.sub(lambda found: _render(found[1], "block"), content)
+    return _DISPLAY.sub(lambda found: _block(found[1]), content)
+
+
+def _block(latex: str) -> str:
+    # What is wider than the screen scrolls inside this element.
+    return f'<div class="math">{_render(latex, "block")}</div>'
 
 
 def _render(latex: str, display: str) -> str:

@@ -1,0 +1,136 @@
+"""The FAQ has an entry for every error and warning that the package raises."""
+
+import ast
+import pathlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from .test_errors import CASES
+
+
+ROOT = pathlib.Path(__file__).parents[1]
+FAQ = (ROOT / "docs/faq.md").read_text()
+PACKAGE = sorted((ROOT / "eqx_ademamix").glob("**/*.py"))
+GAP = "…"  # stands for whatever a message fills in
+
+
+#
+# What the package says
+#
+
+
+def text(node: ast.expr) -> str | None:
+    """A literal message, with `…` for what an f-string fills in."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    if isinstance(node, ast.JoinedStr):
+        return re.sub(f"{GAP}+", GAP, "".join(text(x) or GAP for x in node.values))
+    return None
+
+
+def texts(node: ast.expr, module: ast.Module) -> list[str]:
+    """The messages that an expression stands for: a literal, a name that is assigned
+    one, or a call of a function of the module that returns some."""
+    literal = text(node)
+    if literal is not None:
+        return [literal]
+    return [x for value in sources(node, module) for x in texts(value, module)]
+
+
+def sources(node: ast.expr, module: ast.Module) -> Iterator[ast.expr]:
+    """The expressions that a name, or a call, gets its value from."""
+    name = node.func if isinstance(node, ast.Call) else node
+    for other in ast.walk(module):
+        match other:
+            case ast.NamedExpr(ast.Name(target), value) | ast.Assign(
+                [ast.Name(target)], value
+            ):
+                found = isinstance(node, ast.Name) and target == node.id
+                yield from [value] if found else []
+            case ast.FunctionDef(name=function):
+                found = isinstance(node, ast.Call) and isinstance(name, ast.Name)
+                if found and function == name.id:
+                    yield from returned(other)
+            case _:
+                pass
+
+
+def returned(function: ast.FunctionDef) -> list[ast.expr]:
+    values = [x.value for x in ast.walk(function) if isinstance(x, ast.Return)]
+    return [x for x in values if x and not isinstance(x, ast.Constant)]
+
+
+def raised(module: ast.Module) -> Iterator[ast.expr]:
+    """The first arguments of all errors and warnings."""
+    for node in ast.walk(module):
+        match node:
+            case ast.Raise(exc=ast.Call(args=[message, *_])):
+                yield message
+            case ast.Call(func=ast.Attribute(attr="warn"), args=[message, *_]):
+                yield message
+            case _:
+                pass
+
+
+def messages() -> dict[str, str]:
+    """All messages, each with the place that it is raised at."""
+    found: dict[str, str] = {}
+    for path in PACKAGE:
+        module = ast.parse(path.read_text())
+        for node in raised(module):
+            place = f"{path.name}:{node.lineno}"
+            assert texts(node, module), f"{place}: write the message as a literal"
+            found |= {message: place for message in texts(node, module)}
+    return found
+
+
+#
+# What the FAQ quotes
+#
+
+
+def quotes(page: str) -> list[str]:
+    """The block quotes of a page, each as one line."""
+    lines = re.findall(r"(?:^>.*\n?)+", page, re.MULTILINE)
+    return [" ".join(x.lstrip("> ").rstrip() for x in q.splitlines()) for q in lines]
+
+
+QUOTES = quotes(FAQ)
+MESSAGES = messages()
+
+
+def as_pattern(quote: str) -> re.Pattern[str]:
+    return re.compile(".*".join(map(re.escape, quote.split(GAP))), re.DOTALL)
+
+
+@pytest.mark.parametrize("message", MESSAGES, ids=MESSAGES.values())
+def test_every_message_has_an_entry(message: str):
+    assert message in QUOTES, f"paste into docs/faq.md and explain:\n\n> {message}\n"
+
+
+@pytest.mark.parametrize("quote", QUOTES)
+def test_every_entry_is_of_a_message(quote: str):
+    assert quote in MESSAGES, "no longer in the source: remove it from docs/faq.md"
+
+
+def test_no_message_has_two_entries():
+    assert len(QUOTES) == len(set(QUOTES)) == len(MESSAGES) >= 50
+
+
+def test_every_entry_is_explained():
+    """After a quote, or several, comes a paragraph before the next heading."""
+    for section in re.split(r"^#{2,3} ", FAQ, flags=re.MULTILINE)[1:]:
+        lines = [line for line in section.splitlines()[1:] if line.strip()]
+        assert not lines or not lines[-1].startswith(">"), section
+
+
+@pytest.mark.parametrize("user", [case[1] for case in CASES], ids=[x[0] for x in CASES])
+def test_what_users_read_is_found(user: Any):
+    """The text of a real error matches what the FAQ quotes."""
+    with pytest.raises((ValueError, TypeError)) as error:
+        user()
+    patterns = map(as_pattern, QUOTES)
+    assert any(pattern.fullmatch(str(error.value)) for pattern in patterns)
