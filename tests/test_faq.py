@@ -34,33 +34,34 @@ def text(node: ast.expr) -> str | None:
 def texts(node: ast.expr, module: ast.Module) -> list[str]:
     """The messages that an expression stands for: a literal, a name that is assigned
     one, or a call of a function of the module that returns some."""
-    literal = text(node)
-    if literal is not None:
-        return [literal]
-    return [x for value in sources(node, module) for x in texts(value, module)]
+    match node:
+        case ast.Name(id=name):
+            values = assigned(name, module)
+        case ast.Call(func=ast.Name(id=name)):
+            values = returned(name, module)
+        case _:
+            literal = text(node)
+            return [] if literal is None else [literal]
+    return [x for value in values for x in texts(value, module)]
 
 
-def sources(node: ast.expr, module: ast.Module) -> Iterator[ast.expr]:
-    """The expressions that a name, or a call, gets its value from."""
-    name = node.func if isinstance(node, ast.Call) else node
-    for other in ast.walk(module):
-        match other:
-            case ast.NamedExpr(ast.Name(target), value) | ast.Assign(
-                [ast.Name(target)], value
-            ):
-                found = isinstance(node, ast.Name) and target == node.id
-                yield from [value] if found else []
-            case ast.FunctionDef(name=function):
-                found = isinstance(node, ast.Call) and isinstance(name, ast.Name)
-                if found and function == name.id:
-                    yield from returned(other)
+def assigned(name: str, module: ast.Module) -> Iterator[ast.expr]:
+    for node in ast.walk(module):
+        match node:
+            case ast.NamedExpr(ast.Name(target), value) if target == name:
+                yield value
+            case ast.Assign([ast.Name(target)], value) if target == name:
+                yield value
             case _:
                 pass
 
 
-def returned(function: ast.FunctionDef) -> list[ast.expr]:
-    values = [x.value for x in ast.walk(function) if isinstance(x, ast.Return)]
-    return [x for x in values if x and not isinstance(x, ast.Constant)]
+def returned(name: str, module: ast.Module) -> Iterator[ast.expr]:
+    """What the functions of a name return."""
+    for function in ast.walk(module):
+        if isinstance(function, ast.FunctionDef) and function.name == name:
+            found = (x for x in ast.walk(function) if isinstance(x, ast.Return))
+            yield from (x.value for x in found if x.value is not None)
 
 
 def raised(module: ast.Module) -> Iterator[ast.expr]:
