@@ -48,7 +48,8 @@ class Plan:
     def times(self) -> list[int]:
         """Steps after the batch: every one at first, then ever fewer."""
         last = self.config.steps - self.seen_at
-        return sorted({round(t) for t in np.geomspace(1, last, 60)})
+        reported = {t for t in (1, 10, 100, 500, last) if t <= last}
+        return sorted(reported | {round(t) for t in np.geomspace(1, last, 60)})
 
     def batches(self, text: Text) -> Windows:
         """One for each run, from held-out text."""
@@ -133,9 +134,12 @@ def forgetting(path: Path, short: bool) -> list[Number]:
         )
         numbers += _numbers(plan, title, gain, error)
     for axes in (absolute, relative):
-        axes.set(xscale="log", xlabel="step, counted from that with the batch (1)")
-        legend(axes)
+        axes.set(xscale="log", xlabel="steps since then (1: right after the batch)")
+    legend(absolute, loc="lower left", ncols=2)
+    legend(relative)
     absolute.set(ylabel="loss (nats a byte)", title="loss of the batch")
+    low, high = absolute.get_ylim()
+    absolute.set_ylim(low - 0.2 * (high - low), high)  # room for the legend
     relative.set(ylabel="difference (nats a byte)", title="gain from having seen it")
     relative.axhline(0, color="black", linewidth=0.8)
     save(figure, path)
@@ -143,10 +147,10 @@ def forgetting(path: Path, short: bool) -> list[Number]:
 
 
 def _numbers(plan: Plan, title: str, gain: Curve, error: Curve) -> list[Number]:
-    wanted = [t for t in (1, 10, 100, 500) if t <= max(plan.times)]
-    rows = [int(np.argmin(np.abs(np.array(plan.times) - t))) for t in wanted]
+    last = max(plan.times)
     return [
-        Number(f"{title}: {name} after {plan.times[i]} steps", values[i], 3)
-        for i in rows
+        Number(f"{title}: {name} after {time} steps", values[plan.times.index(time)], 3)
+        for time in (1, 10, 100, 500, last)
+        if time <= last
         for name, values in (("gain", gain), ("standard error of the gain", error))
     ]

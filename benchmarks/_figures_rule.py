@@ -230,7 +230,7 @@ def update_norm(path: Path, short: bool) -> list[Number]:
         losses.plot(*_means(loss), color=color, label=label)
         numbers += [
             Number(f"{label}: largest norm of an update", norm.max()),
-            Number(f"{label}: at step", int(norm.argmax()) + 1),
+            Number(f"{label}: step of the largest norm", int(norm.argmax()) + 1),
         ]
     norms.set(ylabel="norm of the update", yscale="log", title="size of the updates")
     losses.set(ylabel="loss (nats)", yscale="log", title="training loss")

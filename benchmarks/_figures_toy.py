@@ -165,7 +165,7 @@ def _numbers_2(run: Descent) -> Iterator[Number]:
     distances, closest = run.distances, int(np.argmin(run.distances[:5000]))
     yield Number(f"{run.label}: distance after 5000 steps", distances[4999])
     yield Number(f"{run.label}: smallest distance until then", distances[closest])
-    yield Number(f"{run.label}: at step", closest + 1)
+    yield Number(f"{run.label}: step of the smallest distance", closest + 1)
     if len(distances) > 5000:
         after = f"{run.label}: distance after {len(distances)} steps"
         yield Number(after, distances[-1])

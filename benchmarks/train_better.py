@@ -42,7 +42,6 @@ from tyro.conf import Fixed, Suppress
 
 NAMES: tuple[OptimizerName, ...] = ("adamw", "ademamix")
 NUM_EVALUATIONS = 16
-MOST_RATES = 7  # the best may then still be at the edge, which the table shows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +54,8 @@ class BetterConfig(Config):
     """Where to draw the losses. By default OUT/train_better.png."""
     rates: tuple[float, ...] = (2e-3, 4e-3, 8e-3, 16e-3)
     """The peaks of the learning rate to begin with, each the same factor apart."""
+    most_rates: int = 7
+    """How many are tried at most. The table shows if the best is still at the edge."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """The first chooses the learning rates. All are reported."""
     longer: tuple[float, ...] = (1.5, 2.0)
@@ -81,7 +82,8 @@ class BetterConfig(Config):
         """The options of the example for one run."""
         names = (field.name for field in dataclasses.fields(Config))
         options: dict[str, Any] = {i: getattr(self, i) for i in names}
-        return Config(**{**options, "optimizer": name, **changes})
+        options["optimizer"] = name
+        return Config(**(options | changes))
 
 
 class Ledger:
@@ -149,7 +151,7 @@ class Experiment:
         """Results by the learning rate, with the best not at the edge if possible."""
         seed, rates = self.config.seeds[0], self.config.rates
         results = self._at(name, rates, seed)
-        while len(results) < MOST_RATES:
+        while len(results) < self.config.most_rates:
             beyond = next_rate(sorted(results), best(results))
             if beyond is None:
                 break
