@@ -162,13 +162,21 @@ def _ademamix_run(b3: float, corrected: bool, steps: int) -> Descent:
 
 
 def _numbers_2(run: Descent) -> Iterator[Number]:
-    distances, closest = run.distances, int(np.argmin(run.distances[:5000]))
-    yield Number(f"{run.label}: distance after 5000 steps", distances[4999])
-    yield Number(f"{run.label}: smallest distance until then", distances[closest])
-    yield Number(f"{run.label}: step of the smallest distance", closest + 1)
+    distances = run.distances
+    yield Number(f"{run.label}: distance after 5000 steps", distances[4999], 5)
     if len(distances) > 5000:
-        after = f"{run.label}: distance after {len(distances)} steps"
-        yield Number(after, distances[-1])
+        end = f"{run.label}: distance after {len(distances)} steps"
+        yield Number(end, distances[-1], 1)
+        step = first_pass(distances)
+        yield Number(f"{run.label}: first pass of the minimum, step", step, 6)
+        yield Number(f"{run.label}: distance then", distances[step - 1], 2)
+        yield Number(f"{run.label}: largest distance after it", distances[step:].max())
+
+
+def first_pass(distances: Float[np.ndarray, " steps"]) -> int:
+    """The first step that is nearer than 1 to the minimum, and nearer than the next."""
+    is_pass = (distances[:-1] < 1) & (distances[:-1] < distances[1:])
+    return int(np.flatnonzero(is_pass)[0]) + 1
 
 
 def _draw_figure_2(
