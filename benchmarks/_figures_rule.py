@@ -62,7 +62,7 @@ def past_gradients(path: Path, short: bool) -> list[Number]:
     shares.set_title("share of what is at least that old")
     for axes in (weights, shares):
         axes.set_xlabel("steps ago (1: the present gradient)")
-    legend(weights, loc="lower left")
+    legend(weights, loc="upper right")
     save(figure, path)
     return [
         Number(f"{label}: share at least {age} steps old", share)
