@@ -1,0 +1,228 @@
+"""What finished runs of `train_better.py` say: tables and a plot."""
+
+import dataclasses
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from _drawing import GRAY, RED, legend, panels, save
+from _examples import TITLES, OptimizerName
+from matplotlib.axes import Axes
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """A finished run."""
+
+    settings: Mapping[str, Any]
+    losses: Sequence[Sequence[float]]
+    """Triples: the step, the loss on the text for choosing, that on the text for
+    reporting."""
+    seconds: float
+
+    @property
+    def chosen_by(self) -> float:
+        """The final loss on the text for choosing; infinite after a divergence."""
+        loss = self.losses[-1][1]
+        return loss if np.isfinite(loss) else float("inf")
+
+    @property
+    def reported(self) -> float:
+        return self.losses[-1][2]
+
+
+Tuning: TypeAlias = Mapping[OptimizerName, Mapping[float, Result]]
+Repeats: TypeAlias = Mapping[OptimizerName, Sequence[Result]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """All runs of the experiment."""
+
+    tuning: Tuning
+    """By the learning rate, all with the first seed."""
+    repeats: Repeats
+    """At the best learning rate, one a seed."""
+    longer: Mapping[int, Sequence[Result]]
+    """AdamW at its best rate, by the number of steps, one a seed."""
+
+    @property
+    def adamw(self) -> dict[int, Sequence[Result]]:
+        """AdamW at its best rate by the number of steps, the shortest first."""
+        runs = self.repeats["adamw"]
+        return dict(sorted({runs[0].settings["steps"]: runs, **self.longer}.items()))
+
+    @property
+    def steps_needed(self) -> list[float]:
+        """AdamW's steps to AdEMAMix's final loss, one number a seed."""
+        targets = [run.reported for run in self.repeats["ademamix"]]
+        losses = zip(*map(reported, self.adamw.values()), strict=True)
+        lengths = list(self.adamw)
+        return [
+            steps_needed(lengths, one, target)
+            for one, target in zip(losses, targets, strict=True)
+        ]
+
+    @property
+    def steps_needed_by_mean(self) -> float:
+        means = [statistics.mean(reported(runs)) for runs in self.adamw.values()]
+        target = statistics.mean(reported(self.repeats["ademamix"]))
+        return steps_needed(list(self.adamw), means, target)
+
+
+def best(results: Mapping[float, Result]) -> float:
+    """The learning rate with the lowest loss on the text for choosing."""
+    return min(results, key=lambda rate: results[rate].chosen_by)
+
+
+def reported(runs: Sequence[Result]) -> list[float]:
+    return [run.reported for run in runs]
+
+
+def steps_needed(
+    lengths: Sequence[int], losses: Sequence[float], target: float
+) -> float:
+    """The length of a run that ends at the target: interpolated between runs that end
+    above and below it, linearly in the logarithm of the length. The shortest length if
+    that is good enough, infinite if none is."""
+    if losses[0] <= target:
+        return lengths[0]
+    for i in range(1, len(lengths)):
+        if losses[i] <= target:
+            share = (losses[i - 1] - target) / (losses[i - 1] - losses[i])
+            return lengths[i - 1] * (lengths[i] / lengths[i - 1]) ** share
+    return float("inf")
+
+
+#
+# In words
+#
+
+
+def summary(comparison: Comparison) -> str:
+    """Tables in Markdown."""
+    seeds = [run.settings["seed"] for run in comparison.repeats["adamw"]]
+    shortest, longest = min(comparison.adamw), max(comparison.adamw)
+    needed = [
+        _length(steps, shortest, longest)
+        for steps in (*comparison.steps_needed, comparison.steps_needed_by_mean)
+    ]
+    seed_titles = [f"seed {seed}" for seed in seeds]
+    return "\n\n".join(
+        (
+            f"Learning rates: final loss on the text for choosing, seed {seeds[0]}.",
+            _table(
+                ("optimizer", "learning rate", "loss", ""), _tuning_rows(comparison)
+            ),
+            "At the best rate: final loss on the other text, in nats a byte.",
+            _table(
+                ("optimizer", "steps", *seed_titles, "mean", "standard deviation"),
+                _final_rows(comparison),
+            ),
+            "Steps that AdamW needs to reach AdEMAMix's final loss.",
+            _table((*seed_titles, "of the means"), [needed]),
+        )
+    )
+
+
+def _tuning_rows(comparison: Comparison) -> list[list[str]]:
+    return [
+        [TITLES[name], f"{rate:g}", f"{results[rate].chosen_by:.4f}", mark]
+        for name, results in comparison.tuning.items()
+        for rate in sorted(results)
+        for mark in ["best" if rate == best(results) else ""]
+    ]
+
+
+def _final_rows(comparison: Comparison) -> list[list[str]]:
+    adamw = [("adamw", steps, runs) for steps, runs in comparison.adamw.items()]
+    ours = comparison.repeats["ademamix"]
+    rows = [*adamw, ("ademamix", ours[0].settings["steps"], ours)]
+    return [
+        [
+            TITLES[name],
+            str(steps),
+            *(f"{loss:.4f}" for loss in reported(runs)),
+            f"{statistics.mean(reported(runs)):.4f}",
+            f"{_deviation(reported(runs)):.4f}",
+        ]
+        for name, steps, runs in rows
+    ]
+
+
+def _deviation(values: Sequence[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else float("nan")
+
+
+def _length(steps: float, shortest: int, longest: int) -> str:
+    if steps <= shortest:
+        return f"at most {shortest}"
+    return f"{steps:.0f}" if steps <= longest else f"more than {longest}"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = (header, ["---"] * len(header), *rows)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+#
+# In a plot
+#
+
+
+def plot(comparison: Comparison, path: Path) -> None:
+    """Losses over the steps, with their range over the seeds, and the final losses of
+    AdamW by the length of the run."""
+    figure, (over_steps, final) = panels(2, 10.5, 4.2)
+    for steps, runs in comparison.longer.items():
+        _band(over_steps, runs, "silver", f"AdamW, {steps} steps")
+    colors: dict[OptimizerName, str] = {"adamw": GRAY, "ademamix": RED}
+    for name, color in colors.items():
+        runs = comparison.repeats[name]
+        label = f"{TITLES[name]}, {runs[0].settings['steps']} steps"
+        _band(over_steps, runs, color, label)
+    highest = max(np.mean(reported(runs)) for runs in comparison.adamw.values())
+    first = np.mean([run.losses[0][2] for run in comparison.repeats["adamw"]])
+    over_steps.set(
+        xlabel="step",
+        ylabel="validation loss (nats a byte)",
+        # Cuts off the beginning, where nothing can be told apart.
+        ylim=(None, highest + 0.5 * (first - highest)),
+        title="loss over the steps: mean and range of the seeds",
+    )
+    legend(over_steps)
+    _draw_final(final, comparison)
+    save(figure, path)
+
+
+def _band(axes: Axes, runs: Sequence[Result], color: str, label: str) -> None:
+    steps = [step for step, _, _ in runs[0].losses]
+    losses = np.array([[loss for _, _, loss in run.losses] for run in runs])
+    axes.fill_between(
+        steps, losses.min(0), losses.max(0), color=color, alpha=0.25, linewidth=0
+    )
+    axes.plot(steps, losses.mean(0), color=color, label=label)
+
+
+def _draw_final(axes: Axes, comparison: Comparison) -> None:
+    lengths = list(comparison.adamw)
+    losses = np.array([reported(runs) for runs in comparison.adamw.values()])
+    ours = reported(comparison.repeats["ademamix"])
+    axes.plot(lengths, losses, ".", color=GRAY)
+    axes.plot(lengths, losses.mean(axis=1), "o-", color=GRAY, label="AdamW")
+    axes.plot([lengths[0]] * len(ours), ours, ".", color=RED)
+    label = f"AdEMAMix, {lengths[0]} steps"
+    axes.axhline(float(np.mean(ours)), color=RED, label=label)
+    axes.axhspan(min(ours), max(ours), color=RED, alpha=0.15, linewidth=0)
+    axes.set(
+        xlabel="steps of the run",
+        ylabel="final validation loss (nats a byte)",
+        xscale="log",
+        xticks=lengths,
+        xticklabels=lengths,
+        title="how long AdamW needs",
+    )
+    axes.minorticks_off()
+    legend(axes)

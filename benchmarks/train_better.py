@@ -1,0 +1,215 @@
+"""Does AdEMAMix train better than AdamW? Each at its own best learning rate.
+
+Trains the transformer of `examples/train_language_model.py` on its text, in all about
+an hour on two cores. Each optimizer is run at four learning rates or more with the
+first seed: while the best is the lowest or the highest, the next one beyond it is
+tried, too. Then at its best rate with the other seeds, and AdamW also in longer runs,
+with schedules that span them: in how many steps does it reach AdEMAMix's final loss?
+
+The held-out text is halved: the first half of the files chooses the learning rates, the
+other half gives the losses that are reported.
+
+Every finished run is a line of OUT/runs.jsonl. The same command goes on where it was
+stopped, run by run. For the options: `python benchmarks/train_better.py --help`.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tyro
+from _comparison import Comparison, Repeats, Result, Tuning, best, plot, summary
+from _examples import (
+    TITLES,
+    Config,
+    DataError,
+    OptimizerName,
+    Run,
+    Text,
+    Windows,
+    read_text,
+    validation_batches,
+    validation_loss,
+)
+from tqdm import tqdm
+from tyro.conf import Fixed, Suppress
+
+
+NAMES: tuple[OptimizerName, ...] = ("adamw", "ademamix")
+NUM_EVALUATIONS = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class BetterConfig(Config):
+    """Compares AdamW and AdEMAMix, each at the best of its learning rates."""
+
+    out: Path = Path("runs/train_better")
+    """The folder for the finished runs, the tables and the plot."""
+    plot: Path | None = None
+    """Where to draw the losses. By default OUT/train_better.png."""
+    rates: tuple[float, ...] = (2e-3, 4e-3, 8e-3, 16e-3)
+    """The peaks of the learning rate to begin with, each the same factor apart."""
+    most_rates: int = 7
+    """How many are tried at most. The table shows if the best is still at the edge."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """The first chooses the learning rates. All are reported."""
+    longer: tuple[float, ...] = (1.5, 2.0)
+    """How much longer AdamW is trained for, too."""
+    # Options of the example that vary here from run to run, or that this one has not.
+    resume: Suppress[Fixed[bool]] = False
+    compare: Suppress[Fixed[bool]] = False
+    optimizer: Suppress[Fixed[OptimizerName]] = "ademamix"
+    learning_rate: Suppress[Fixed[float | None]] = None
+    seed: Suppress[Fixed[int]] = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if len(self.rates) < 2 or list(self.rates) != sorted(set(self.rates)):
+            raise ValueError(
+                f"rates is {self.rates}, but must be two or more that rise"
+            )
+        if not self.seeds:
+            raise ValueError("seeds is empty, but at least one is needed")
+        if min(self.longer, default=2.0) <= 1:
+            raise ValueError(f"longer is {self.longer}, but must be factors above 1")
+
+    def one_run(self, name: OptimizerName, **changes: Any) -> Config:
+        """The options of the example for one run."""
+        names = (field.name for field in dataclasses.fields(Config))
+        options: dict[str, Any] = {i: getattr(self, i) for i in names}
+        options["optimizer"] = name
+        return Config(**(options | changes))
+
+
+class Ledger:
+    """The finished runs, in a file with one line each."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        lines = path.read_text().splitlines() if path.exists() else []
+        self.results = [Result(**json.loads(line)) for line in lines]
+
+    def find(self, settings: Mapping[str, Any]) -> Result | None:
+        found = [i for i in self.results if i.settings == settings]
+        return found[0] if found else None
+
+    def add(self, result: Result) -> None:
+        """Writes the file anew: with all of the line, or none, whatever happens."""
+        self.results.append(result)
+        lines = [json.dumps(dataclasses.asdict(i)) + "\n" for i in self.results]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_name(self.path.name + ".tmp")
+        temporary.write_text("".join(lines))
+        os.replace(temporary, self.path)
+
+
+def halves(text: Text, context: int) -> tuple[Windows, Windows]:
+    """Held-out text to choose the learning rate by, and other text to report."""
+    batches = validation_batches(text.validation, context)
+    if len(batches) < 2:
+        raise DataError("The held-out text is too short to be halved.")
+    middle = len(batches) // 2
+    return batches[:middle], batches[middle:]
+
+
+def train(config: Config, text: Text) -> Result:
+    """One run from its start to its end."""
+    start, run = time.perf_counter(), Run(config, text)
+    held_out = halves(text, config.context)
+    every = max(1, config.steps // NUM_EVALUATIONS)
+    losses: list[tuple[float, ...]] = []
+    title = f"{TITLES[config.optimizer]}, {config.peak_learning_rate:g}, {config.seed}"
+    for step in tqdm(range(1, config.steps + 1), desc=title, unit=" steps"):
+        run.step(step)
+        if step % every == 0 or step == config.steps:
+            found = (float(validation_loss(run.model, half)) for half in held_out)
+            losses.append((step, *found))
+    return Result(run.settings, losses, time.perf_counter() - start)
+
+
+class Experiment:
+    """The runs that the comparison needs. Those that are finished are not trained."""
+
+    def __init__(self, config: BetterConfig, text: Text):
+        self.config, self.text = config, text
+        self.ledger = Ledger(config.out / "runs.jsonl")
+
+    def result(self, name: OptimizerName, **changes: Any) -> Result:
+        config = self.config.one_run(name, **changes)
+        found = self.ledger.find({**config.settings, "text": self.text.fingerprint})
+        if found is None:
+            found = train(config, self.text)
+            self.ledger.add(found)
+        return found
+
+    def tune(self, name: OptimizerName) -> dict[float, Result]:
+        """Results by the learning rate, with the best not at the edge if possible."""
+        seed, rates = self.config.seeds[0], self.config.rates
+        results = self._at(name, rates, seed)
+        while len(results) < self.config.most_rates:
+            beyond = next_rate(sorted(results), best(results))
+            if beyond is None:
+                break
+            results |= self._at(name, [beyond], seed)
+        return results
+
+    def _at(
+        self, name: OptimizerName, rates: Iterable[float], seed: int
+    ) -> dict[float, Result]:
+        return {
+            rate: self.result(name, learning_rate=rate, seed=seed) for rate in rates
+        }
+
+    def repeat(self, name: OptimizerName, rate: float, steps: int) -> list[Result]:
+        """One result a seed."""
+        return [
+            self.result(name, learning_rate=rate, seed=seed, steps=steps)
+            for seed in self.config.seeds
+        ]
+
+    def run(self) -> Comparison:
+        steps = self.config.steps
+        tuning: Tuning = {name: self.tune(name) for name in NAMES}
+        rates = {name: best(tuning[name]) for name in NAMES}
+        repeats: Repeats = {
+            name: self.repeat(name, rates[name], steps) for name in NAMES
+        }
+        lengths = [round(factor * steps) for factor in self.config.longer]
+        longer = {n: self.repeat("adamw", rates["adamw"], n) for n in lengths}
+        return Comparison(tuning, repeats, longer)
+
+
+def next_rate(rates: Sequence[float], best: float) -> float | None:
+    """The rate beyond the best one if that is the first or the last of sorted rates."""
+    if best == rates[0]:
+        return rates[0] ** 2 / rates[1]
+    if best == rates[-1]:
+        return rates[-1] ** 2 / rates[-2]
+    return None
+
+
+def main() -> int:
+    config = tyro.cli(BetterConfig)
+    try:
+        text = read_text(config.data, config.context)
+        comparison = Experiment(config, text).run()
+    except DataError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("Stopped. The same command goes on after the runs that are finished.")
+        return 130
+    plot(comparison, config.plot or config.out / "train_better.png")
+    tables = summary(comparison)
+    (config.out / "summary.md").write_text(tables + "\n")
+    print(tables)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
