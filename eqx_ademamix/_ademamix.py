@@ -25,15 +25,17 @@ from ._checks import (
     no_type_check,
     on_device,
 )
+from ._encoded import Encoded
 from ._formats import (
     StateFormat,
     cast,
     check_stored,
     checked_format,
     compute_dtype,
+    decode,
     encode,
     in_type_of,
-    stored_dtypes,
+    zeros,
 )
 from ._hyperparams import (
     HyperParam,
@@ -52,7 +54,7 @@ from ._hyperparams import (
 )
 from ._masks import as_bools, select, with_python_bools
 from ._moments import abs_squared, bias_factor, moving_average, over, times
-from ._optimizer import AbstractOptimizer
+from ._optimizer import AbstractOptimizer, next_count
 from ._schedules import AlphaSchedule, Beta3Schedule
 
 
@@ -62,7 +64,8 @@ FilterSpec: TypeAlias = PyTree[Any]
 # their leaves, one by one, the same shape.
 # pyright: reportUndefinedVariable=false
 _Arrays: TypeAlias = PyTree[Inexact[Array, "?*leaf"], "Params"]
-_Reals: TypeAlias = PyTree[Float[Array, "?*leaf"], "Params"]
+_Moments: TypeAlias = PyTree[Inexact[Array | Encoded, "?*leaf"], "Params"]
+_Squares: TypeAlias = PyTree[Float[Array | Encoded, "?*leaf"], "Params"]
 _Bools: TypeAlias = PyTree[bool, "Params"]
 
 _FLOAT32 = StateFormat.float32()
@@ -87,18 +90,18 @@ class AdEMAMixState(eqx.Module):
 
     count: Int32[Array, ""]
     count_m2: Int32[Array, ""]
-    m1: PyTree[None] | _Arrays
-    m2: _Arrays
-    nu: _Reals
+    m1: PyTree[None] | _Moments
+    m2: _Moments
+    nu: _Squares
 
     @no_type_check
     def __init__(
         self,
         count: Int32[Array, ""],
         count_m2: Int32[Array, ""],
-        m1: PyTree[None] | _Arrays,
-        m2: _Arrays,
-        nu: _Reals,
+        m1: PyTree[None] | _Moments,
+        m2: _Moments,
+        nu: _Squares,
     ):
         """**Arguments:** as the attributes.
 
@@ -116,10 +119,10 @@ class AdEMAMixState(eqx.Module):
 def _check_fields(
     count: Int32[Array, ""],
     count_m2: Int32[Array, ""],
-    m2: _Arrays,
-    nu: _Reals,
+    m2: _Moments,
+    nu: _Squares,
     # After those that say what "Params" is: a tree of None would bind it to itself.
-    m1: PyTree[None] | _Arrays,
+    m1: PyTree[None] | _Moments,
 ) -> None:
     """The types of a state's fields, which bind wherever a state is made."""
 
@@ -284,23 +287,17 @@ class AdEMAMix(AbstractOptimizer[AdEMAMixState]):
         trained = select(self.trainable, params, "trainable")
         _check_not_empty(params, trained)
         as_bools(self.weight_decay_mask, trained, "weight_decay_mask")
-        dtypes = jax.tree.map(
-            lambda x: stored_dtypes(self.state_format, x.dtype), trained
-        )
+        blank = jax.tree.map(lambda x: zeros(self.state_format, x), trained)
 
-        def zeros(name: str) -> Any:
-            return jax.tree.map(
-                lambda x, dtype: jnp.zeros_like(x, dtype=getattr(dtype, name)),
-                trained,
-                dtypes,
-            )
+        def tree(name: str) -> Any:
+            return jax.tree.map(lambda _, x: getattr(x, name), trained, blank)
 
         return AdEMAMixState(
             count=jnp.zeros((), jnp.int32),
             count_m2=jnp.zeros((), jnp.int32),
-            m1=zeros("m1") if self._has_m1 else jax.tree.map(lambda _: None, trained),
-            m2=zeros("m2"),
-            nu=zeros("nu"),
+            m1=tree("m1") if self._has_m1 else jax.tree.map(lambda _: None, trained),
+            m2=tree("m2"),
+            nu=tree("nu"),
         )
 
     @no_type_check
@@ -315,12 +312,13 @@ class AdEMAMix(AbstractOptimizer[AdEMAMixState]):
         g, p = self._checked(grads, state, params)
         mask = self.weight_decay_mask if self._has_decay else False
         is_decayed = as_bools(mask, g if p is None else p, "weight_decay_mask")
+        h = self._resolved(state)
         updates, m2, nu, m1 = _step(
-            g, state.m2, state.nu, state.m1, p, is_decayed, self._resolved(state)
+            g, state.m2, state.nu, state.m1, p, is_decayed, h, state.count
         )
         return updates, AdEMAMixState(
-            count=_next(state.count),
-            count_m2=_next(state.count_m2),
+            count=next_count(state.count),
+            count_m2=next_count(state.count_m2),
             m1=m1,
             m2=m2,
             nu=nu,
@@ -413,19 +411,21 @@ class _Resolved(NamedTuple):
 @jaxtyped(typechecker=beartype)
 def _step(
     grads: _Arrays,
-    m2: _Arrays,
-    nu: _Reals,
-    m1: PyTree[None] | _Arrays,
+    m2: _Moments,
+    nu: _Squares,
+    m1: PyTree[None] | _Moments,
     params: _Arrays | None,
     is_decayed: _Bools,
     h: _Resolved,
-) -> tuple[_Arrays, _Arrays, _Reals, PyTree[None] | _Arrays]:
+    count: Int32[Array, ""],
+) -> tuple[_Arrays, _Moments, _Squares, PyTree[None] | _Moments]:
     """The step on whole trees, whose shapes must agree leaf by leaf. Returns the
     updates and the new `m2`, `nu` and `m1`."""
     if params is None:
         params = jax.tree.map(lambda _: None, grads)
-    leaf_step = ft.partial(_leaf_step, ft.cache(h.in_dtype))
-    out = jax.tree.map(leaf_step, grads, m2, nu, m1, params, is_decayed)
+    leaf_step = ft.partial(_leaf_step, ft.cache(h.in_dtype), count)
+    positions = jtu.tree_structure(grads).unflatten(range(len(jtu.tree_leaves(grads))))
+    out = jax.tree.map(leaf_step, grads, m2, nu, m1, params, is_decayed, positions)
 
     def part(i: int) -> Any:
         return jax.tree.map(lambda _, leaf: leaf[i], grads, out)
@@ -435,21 +435,23 @@ def _step(
 
 def _leaf_step(
     resolved: Callable[[np.dtype[Any]], _Resolved],
+    count: Array,
     g: Array,
-    m2: Array,
-    nu: Array,
-    m1: Array | None,
+    m2: Array | Encoded,
+    nu: Array | Encoded,
+    m1: Array | Encoded | None,
     p: Array | None,
     is_decayed: bool,
-) -> tuple[Array, Array, Array, Array | None]:
+    position: int,
+) -> tuple[Array, Array | Encoded, Array | Encoded, Array | Encoded | None]:
     """The step on one parameter (arXiv:2409.03137, Algorithm 1)."""
     like = g if p is None else p
     real = compute_dtype(g.dtype, m2.dtype, nu.dtype, like.dtype)
     h, g = resolved(real), cast(g, real)
 
-    new_m1 = g if m1 is None else moving_average(cast(m1, real), g, h.complement1)
-    new_m2 = moving_average(cast(m2, real), g, h.complement3)
-    new_nu = moving_average(cast(nu, real), abs_squared(g), h.complement2)
+    new_m1 = g if m1 is None else _average(m1, g, h.complement1)
+    new_m2 = _average(m2, g, h.complement3)
+    new_nu = _average(nu, abs_squared(g), h.complement2)
 
     m1_hat = new_m1 if m1 is None else over(new_m1, h.bias1)
     nu_hat = over(new_nu, h.bias2)
@@ -457,14 +459,17 @@ def _leaf_step(
     if is_decayed and p is not None:
         u = u + times(h.weight_decay, cast(p, real))
 
+    def stored(i: int, value: Array, before: Any) -> Any:
+        return encode(value, before, key=(count, 3 * position + i))
+
     update = in_type_of(like, times(-h.learning_rate, u))
-    stored_m1 = None if m1 is None else encode(new_m1, m1.dtype)
-    return update, encode(new_m2, m2.dtype), encode(new_nu, nu.dtype), stored_m1
+    stored_m1 = None if m1 is None else stored(0, new_m1, m1)
+    return update, stored(1, new_m2, m2), stored(2, new_nu, nu), stored_m1
 
 
-def _next(count: Array) -> Array:
-    """`count + 1`, saturating: a counter that wraps would start the schedules anew."""
-    return jnp.minimum(count, jnp.iinfo(jnp.int32).max - 1) + 1
+def _average(moment: Array | Encoded, value: Array, complement: Array) -> Array:
+    real = complement.dtype
+    return moving_average(cast(decode(moment), real), value, complement)
 
 
 def _check_not_empty(params: Any, trained: Any) -> None:

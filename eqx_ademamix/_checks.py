@@ -15,6 +15,8 @@ import jax.tree_util as jtu
 import numpy as np
 from jax.core import Tracer
 
+from ._encoded import Encoded
+
 
 _Fn = TypeVar("_Fn", bound=Callable[..., Any])
 Path = tuple[Any, ...]
@@ -36,13 +38,15 @@ def no_type_check(fn: _Fn) -> _Fn:
 #
 
 
-def is_none(x: Any) -> bool:
-    return x is None
+def is_entry(x: Any) -> bool:
+    """Whether `x` counts as a leaf though JAX would look into it: `None`, which marks
+    an absent leaf, or an encoded moment."""
+    return x is None or isinstance(x, Encoded)
 
 
 def is_leaf(x: Any) -> bool:
-    """Whether `x` is no PyTree node. `None`, which marks an absent leaf, is one."""
-    return x is None or jtu.all_leaves([x])
+    """Whether `x` is no PyTree node, or one that counts as a leaf."""
+    return is_entry(x) or jtu.all_leaves([x])
 
 
 def is_inexact_shape(x: Any) -> bool:
@@ -59,13 +63,13 @@ def children(node: Any) -> tuple[list[tuple[Path, Any]], Any]:
 
 
 def leaves_with_path(tree: Any) -> list[tuple[Path, Any]]:
-    """All leaves of a tree with their paths, with `None` as a leaf."""
-    return jtu.tree_flatten_with_path(tree, is_leaf=is_none)[0]
+    """All leaves of a tree with their paths, `None` and encoded moments among them."""
+    return jtu.tree_flatten_with_path(tree, is_leaf=is_entry)[0]
 
 
 def structure(tree: Any) -> Any:
-    """The structure of a tree, with `None` as a leaf."""
-    return jtu.tree_structure(tree, is_leaf=is_none)
+    """The structure of a tree, with `None` and encoded moments as leaves."""
+    return jtu.tree_structure(tree, is_leaf=is_entry)
 
 
 def path_text(path: Path) -> str:
@@ -84,6 +88,8 @@ def describe(x: Any) -> str:
         return "None"
     if isinstance(x, (jax.Array, np.ndarray, np.generic)):
         return f"{_a(x.dtype.name)} array of shape {x.shape}"
+    if isinstance(x, Encoded):
+        return f"{_a(type(x.codec).__name__)} moment of shape {x.shape}"
     if isinstance(x, (bool, int, float, complex, str)):
         return f"the {type(x).__name__} {shortened(repr(x), 40)}"
     if isinstance(x, type):
@@ -200,7 +206,7 @@ def check_counter(name: str, count: Any) -> None:
 
 
 def check_alive(name: str, tree: Any) -> None:
-    for path, leaf in leaves_with_path(tree):
+    for path, leaf in jtu.tree_leaves_with_path(tree):
         concrete = isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer)
         if concrete and leaf.is_deleted():
             raise ValueError(
@@ -288,8 +294,9 @@ def _check_leaf(where: str, leaf: Any, other: str, moment: Any) -> None:
 
 
 def _check_complex(where: str, leaf: Any, other: str, moment: Any) -> None:
-    if jnp.iscomplexobj(leaf) != jnp.iscomplexobj(moment):
-        kind = "complex" if jnp.iscomplexobj(moment) else "real"
+    is_complex = [jnp.issubdtype(x.dtype, np.complexfloating) for x in (leaf, moment)]
+    if is_complex[0] != is_complex[1]:
+        kind = "complex" if is_complex[1] else "real"
         raise TypeError(
             f"{where} has dtype {leaf.dtype}, but {other} is for a {kind} parameter "
             "there. Was `init` called with another model? Else take the real part, or "
@@ -304,7 +311,7 @@ def aligned(tree: Any, reference: Any) -> Any:
     return jtu.tree_map_with_path(
         lambda path, moment: None if moment is None else leaves[path],
         reference,
-        is_leaf=is_none,
+        is_leaf=is_entry,
     )
 
 
@@ -335,7 +342,7 @@ def check_moments(m1: Any, m2: Any, nu: Any, *, has_m1: bool) -> None:
 
 def _check_moment(name: str, tree: Any, other: str, reference: Any) -> None:
     for path, leaf, moment in paired_leaves(tree, reference):
-        are_arrays = all(x is None or eqx.is_array(x) for x in (leaf, moment))
+        are_arrays = all(is_entry(x) or eqx.is_array(x) for x in (leaf, moment))
         shapes = [getattr(x, "shape", None) for x in (leaf, moment)]
         if not are_arrays or shapes[0] != shapes[1]:
             _raise_moments_differ(name, leaf, other, moment, path)

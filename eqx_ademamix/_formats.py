@@ -1,29 +1,45 @@
 """How a moment is stored between two steps."""
 
+import math
 from typing import Any, NamedTuple
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
 from ._checks import describe, leaves_with_path, no_type_check, path_text
+from ._codecs import AbstractCodec, ScaledFloat8, ScaledFloat16, part_structs
+from ._encoded import Encoded
 
 
 _STORABLE = ("float16", "bfloat16", "float32", "float64")
 
 
 class StateFormat(eqx.Module):
-    """The dtypes in which the three moments are stored.
+    r"""How the three moments are stored: each as a dtype or by a codec.
 
     All arithmetic is in float32 or better whatever is chosen here; only what is kept
-    from one step to the next is rounded. float32 is a lower bound that wider parameters
-    exceed: a float64 parameter has float64 moments. A complex parameter has complex
-    `m1` and `m2`, complex64 at the least, and a real `nu`.
+    from one step to the next is rounded.
 
-    A dtype of 16 bits is legal, but mind `m2`: at $\\beta_3 = 0.9999$ a step changes it
-    by one part in ten thousand, and bfloat16 cannot represent a change of less than one
-    part in 256.
+    A dtype: float32 is a lower bound that wider parameters exceed, so a float64
+    parameter has float64 moments. A complex parameter has complex `m1` and `m2`,
+    complex64 at the least, and a real `nu`. A dtype of 16 bits is legal, but mind `m2`:
+    at $\beta_3 = 0.9999$ a step changes it by one part in ten thousand, and bfloat16,
+    rounded to nearest, does not hear a change of less than one part in 512.
+
+    A codec: [`eqx_ademamix.ScaledFloat8`][], [`eqx_ademamix.ScaledFloat16`][],
+    [`eqx_ademamix.SplitBfloat16`][] or your own [`eqx_ademamix.AbstractCodec`][].
+    Arrays of fewer than `min_size` entries, which hardly count, stay float32, or the
+    parameter's own wider type. Codecs round at random, which depends on nothing but the
+    counter and the place in the model: a run repeats bit for bit.
+
+    | | bytes a parameter | `m1` | `m2` | `nu` |
+    | --- | --- | --- | --- | --- |
+    | [`float32()`][eqx_ademamix.StateFormat.float32] | 12 | 4 | 4 | 4 |
+    | [`half()`][eqx_ademamix.StateFormat.half] | 6 | 2 | 2 | 2 |
+    | [`compact()`][eqx_ademamix.StateFormat.compact] | 4 | 1 | 2 | 1 |
 
     !!! Example
 
@@ -31,38 +47,82 @@ class StateFormat(eqx.Module):
         import jax.numpy as jnp
         import eqx_ademamix
 
+        params = {"weight": jnp.zeros((256, 1024)), "bias": jnp.zeros(256)}
         optim = eqx_ademamix.AdEMAMix(
-            learning_rate=1e-3,
-            state_format=eqx_ademamix.StateFormat(
-                m1=jnp.bfloat16, m2=jnp.float32, nu=jnp.float32
-            ),
+            learning_rate=1e-3, state_format=eqx_ademamix.StateFormat.compact()
+        )
+        state = eqx_ademamix.init(optim, params)
+        print(eqx_ademamix.state_report(state))
+
+        mixed = eqx_ademamix.StateFormat(
+            m1=jnp.bfloat16, m2=eqx_ademamix.SplitBfloat16(), nu=jnp.float32
         )
         ```
     """
 
-    m1: np.dtype[Any] = eqx.field(static=True)
-    m2: np.dtype[Any] = eqx.field(static=True)
-    nu: np.dtype[Any] = eqx.field(static=True)
+    m1: np.dtype[Any] | AbstractCodec = eqx.field(static=True)
+    m2: np.dtype[Any] | AbstractCodec = eqx.field(static=True)
+    nu: np.dtype[Any] | AbstractCodec = eqx.field(static=True)
+    min_size: int = eqx.field(static=True)
 
     @no_type_check
-    def __init__(self, m1: Any, m2: Any, nu: Any):
+    def __init__(self, m1: Any, m2: Any, nu: Any, *, min_size: int = 4096):
         """**Arguments:**
 
-        - `m1`, `m2`, `nu`: the dtype of each moment: float16, bfloat16, float32 or
-            float64 (the last only where JAX has 64-bit types enabled).
+        - `m1`, `m2`, `nu`: a codec, or a dtype: float16, bfloat16, float32 or float64
+            (the last only where JAX has 64-bit types enabled). For `nu` a codec is
+            replaced by its variant for squares, which has no sign and no underflow.
+        - `min_size`: the number of entries from which on an array is encoded. Concerns
+            codecs only.
 
         **Raises:**
 
-        - `ValueError`: for any other dtype.
+        - `ValueError`: for any other dtype, for a codec without negative numbers as
+            `m1` or `m2`, and if `min_size` is no integer or negative.
         """
-        self.m1 = storable("StateFormat(m1=...)", m1)
-        self.m2 = storable("StateFormat(m2=...)", m2)
-        self.nu = storable("StateFormat(nu=...)", nu)
+        self.m1 = _signed_storage("m1", m1)
+        self.m2 = _signed_storage("m2", m2)
+        is_codec = isinstance(nu, AbstractCodec)
+        self.nu = nu.for_squares() if is_codec else _storage("nu", nu)
+        is_integer = isinstance(min_size, int | np.integer)
+        if not is_integer or isinstance(min_size, bool) or min_size < 0:
+            raise ValueError(
+                f"`min_size` is {describe(min_size)}, but an integer >= 0 was "
+                "expected. The default is 4096."
+            )
+        self.min_size = int(min_size)
 
     @classmethod
     def float32(cls) -> "StateFormat":
-        """The default: twelve bytes a parameter, or eight if `b1=0`."""
+        """The default: twelve bytes a parameter, or eight if `b1=0`.
+
+        **Returns:**
+
+        The format.
+        """
         return cls(m1=jnp.float32, m2=jnp.float32, nu=jnp.float32)
+
+    @classmethod
+    def half(cls) -> "StateFormat":
+        """Six bytes a parameter: [`eqx_ademamix.ScaledFloat16`][] for all moments.
+
+        **Returns:**
+
+        The format.
+        """
+        codec = ScaledFloat16()
+        return cls(m1=codec, m2=codec, nu=codec)
+
+    @classmethod
+    def compact(cls) -> "StateFormat":
+        """Four bytes a parameter: [`eqx_ademamix.ScaledFloat8`][] for `m1` and `nu`,
+        [`eqx_ademamix.ScaledFloat16`][] for `m2`.
+
+        **Returns:**
+
+        The format.
+        """
+        return cls(m1=ScaledFloat8(), m2=ScaledFloat16(), nu=ScaledFloat8())
 
 
 def checked_format(value: Any) -> StateFormat:
@@ -72,6 +132,21 @@ def checked_format(value: Any) -> StateFormat:
             "for example `StateFormat.float32()`."
         )
     return value
+
+
+def _signed_storage(name: str, value: Any) -> Any:
+    if isinstance(value, AbstractCodec) and not getattr(value, "signed", True):
+        raise ValueError(
+            f"`StateFormat({name}=...)` is {value}, which has no negative numbers. "
+            "Leave out `signed=False`, which is for `nu`."
+        )
+    return _storage(name, value)
+
+
+def _storage(name: str, value: Any) -> Any:
+    if isinstance(value, AbstractCodec):
+        return value
+    return storable(f"StateFormat({name}=...)", value)
 
 
 def storable(name: str, value: Any) -> np.dtype[Any]:
@@ -92,28 +167,52 @@ def storable(name: str, value: Any) -> np.dtype[Any]:
     return dtype
 
 
-class Dtypes(NamedTuple):
-    """The dtypes in which the moments of one parameter are stored."""
+class Storage(NamedTuple):
+    """How the moments of one parameter are stored: by a codec, or as a dtype."""
 
-    m1: np.dtype[Any]
-    m2: np.dtype[Any]
-    nu: np.dtype[Any]
+    m1: Any
+    m2: Any
+    nu: Any
 
 
-def stored_dtypes(fmt: StateFormat, param: np.dtype[Any]) -> Dtypes:
-    """What a format stores for a parameter of a dtype."""
-    real = Dtypes(*(_or_wider(dtype, param) for dtype in (fmt.m1, fmt.m2, fmt.nu)))
-    if not jnp.issubdtype(param, jnp.complexfloating):
+def storage(fmt: StateFormat, param: Any) -> Storage:
+    """What a format means for a parameter of a shape and dtype."""
+    is_encoded = math.prod(param.shape) >= fmt.min_size
+
+    def of(entry: Any) -> Any:
+        if isinstance(entry, AbstractCodec) and is_encoded:
+            return entry
+        is_wide = isinstance(entry, AbstractCodec) or entry == np.float32
+        return compute_dtype(param.dtype) if is_wide else entry
+
+    out = Storage(of(fmt.m1), of(fmt.m2), of(fmt.nu))
+    if not jnp.issubdtype(param.dtype, jnp.complexfloating):
+        return out
+    return Storage(complex_dtype(out.m1), complex_dtype(out.m2), out.nu)
+
+
+def zeros(fmt: StateFormat, param: Array) -> Storage:
+    """Moments of zeros for a parameter."""
+    kinds = storage(fmt, param)
+    return Storage(
+        zeros_in(kinds.m1, param),
+        zeros_in(kinds.m2, param),
+        zeros_in(kinds.nu, param.real),
+    )
+
+
+def zeros_in(kind: Any, like: Array) -> Any:
+    """Zeros shaped and sharded as an array, as a codec or a dtype stores them."""
+    if isinstance(kind, AbstractCodec):
+        return kind.zeros(like)
+    return jnp.zeros_like(like, dtype=kind)
+
+
+def complex_dtype(real: Any) -> Any:
+    """The complex dtype with parts in a real dtype, complex64 at the least. A codec
+    stores complex moments as they are."""
+    if isinstance(real, AbstractCodec):
         return real
-    return Dtypes(complex_dtype(real.m1), complex_dtype(real.m2), real.nu)
-
-
-def _or_wider(stored: np.dtype[Any], param: np.dtype[Any]) -> np.dtype[Any]:
-    return compute_dtype(param) if stored == np.float32 else stored
-
-
-def complex_dtype(real: np.dtype[Any]) -> np.dtype[Any]:
-    """The complex dtype with parts in a real dtype, complex64 at the least."""
     return np.dtype(np.complex128 if real == np.float64 else np.complex64)
 
 
@@ -138,40 +237,66 @@ def in_type_of(like: Array, x: Array) -> Array:
 def check_stored(
     fmt: StateFormat, m1: Any, m2: Any, nu: Any, like: Any, *, exact: bool
 ) -> None:
-    """Checks the dtypes of the moments. `like` holds the parameters if `exact`, else
+    """Checks how the moments are stored. `like` holds the parameters if `exact`, else
     the gradients, which may be narrower or wider than the parameters are."""
     moments = zip(*map(leaves_with_path, (m1, m2, nu)), strict=True)
     for (path, x), leaves in zip(leaves_with_path(like), moments, strict=True):
         if x is None:
             continue
-        found = [getattr(leaf, "dtype", None) for _, leaf in leaves]
-        params = [x.dtype] if exact else _precisions(x)
-        differences = [_difference(found, stored_dtypes(fmt, p)) for p in params]
+        found = [leaf for _, leaf in leaves]
+        params = [x] if exact else _precisions(x)
+        differences = [_difference(found, storage(fmt, p)) for p in params]
         if all(differences):
-            name, dtype, wanted = differences[0]
+            name, kind, wanted = differences[0]
             raise ValueError(
-                f"state.{name}{path_text(path)} has dtype {dtype}, but {wanted} was "
+                f"state.{name}{path_text(path)} is stored as {kind}, but {wanted} was "
                 "expected for this parameter and `state_format`. Pass on the state as "
                 "`init` of this optimizer or the last `update` returned it."
             )
 
 
-def _precisions(x: Array) -> list[np.dtype[Any]]:
-    real = [np.dtype(np.float32), np.dtype(np.float64)]
-    return [complex_dtype(dtype) for dtype in real] if jnp.iscomplexobj(x) else real
+def _precisions(x: Array) -> list[Any]:
+    dtypes = [np.dtype(np.float32), np.dtype(np.float64)]
+    dtypes = list(map(complex_dtype, dtypes)) if jnp.iscomplexobj(x) else dtypes
+    return [jax.ShapeDtypeStruct(x.shape, dtype) for dtype in dtypes]
 
 
-def _difference(found: list[Any], expected: Dtypes) -> tuple[Any, ...]:
-    """The first moment whose dtype is not the expected one."""
-    for name, dtype, wanted in zip(Dtypes._fields, found, expected, strict=True):
-        if dtype is not None and dtype != wanted:
-            return name, dtype, wanted
-    return ()
+def _difference(found: list[Any], expected: Storage) -> tuple[str, str, str] | None:
+    """The name of the first moment that is stored otherwise than expected, how it is
+    stored, and how it should be."""
+    for name, moment, kind in zip(Storage._fields, found, expected, strict=True):
+        if moment is not None and _kind_text(moment) != str(kind):
+            return name, _kind_text(moment), str(kind)
+    return None
 
 
-def encode(value: Array, dtype: np.dtype[Any]) -> Array:
-    """Rounds a moment to what is stored. A finite one stays finite: an infinite moment
-    would become a NaN at the next step."""
+def _kind_text(moment: Any) -> str:
+    if not isinstance(moment, Encoded):
+        return str(moment.dtype)
+    for parts in (moment.real, moment.imag or moment.real):
+        types = [(x.shape, x.dtype) for x in parts]
+        wanted = [(x.shape, x.dtype) for x in part_structs(moment.codec, moment.shape)]
+        if types != wanted:
+            text = ", ".join(f"{dtype}{list(shape)}" for shape, dtype in types)
+            return f"{moment.codec} with the arrays {text}"
+    return str(moment.codec)
+
+
+def decode(moment: Any) -> Array:
+    """A moment as an array, however it is stored."""
+    return moment.codec.decode(moment) if isinstance(moment, Encoded) else moment
+
+
+def encode(value: Array, like: Any, key: Any = None) -> Any:
+    """Rounds a moment to what is stored, in the way in which another one is."""
+    if isinstance(like, Encoded):
+        return like.codec.encode(value, key)
+    return rounded(value, like.dtype)
+
+
+def rounded(value: Array, dtype: np.dtype[Any]) -> Array:
+    """`value` in another dtype. A finite number stays finite: an infinite moment would
+    become a NaN at the next step."""
     if dtype.itemsize == 2:
         bound = float(jnp.finfo(dtype).max)
         value = jnp.where(jnp.isfinite(value), jnp.clip(value, -bound, bound), value)

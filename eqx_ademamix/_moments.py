@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, PyTree
 
-from ._checks import check_against_state, is_none, no_type_check, on_device
-from ._formats import cast, complex_dtype, compute_dtype, encode
+from ._checks import check_against_state, is_entry, no_type_check, on_device
+from ._formats import cast, complex_dtype, compute_dtype, rounded
 from ._hyperparams import (
     HyperParamLike,
     check_real_scalar,
@@ -288,7 +288,7 @@ def tree_bias_correction(
         if not eqx.is_inexact_array(m):
             return m
         real = compute_dtype(m.dtype)
-        return encode(over(cast(m, real), divisor.astype(real)), m.dtype)
+        return rounded(over(cast(m, real), divisor.astype(real)), m.dtype)
 
     return jax.tree.map(correct, on_device(moment))
 
@@ -301,9 +301,9 @@ def _tree_average(
             return None
         real = compute_dtype(g.dtype, m.dtype)
         new = moving_average(cast(m, real), of(cast(g, real)), complement.astype(real))
-        return encode(new, m.dtype)
+        return rounded(new, m.dtype)
 
-    return jax.tree.map(average, updates, moments, is_leaf=is_none)
+    return jax.tree.map(average, updates, moments, is_leaf=is_entry)
 
 
 def _order(order: Any) -> int | float:

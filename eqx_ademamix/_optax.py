@@ -8,6 +8,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.core import Tracer
 from jaxtyping import PyTree
@@ -20,14 +21,16 @@ from ._checks import (
     check_optimizer,
     children,
     describe,
+    is_entry,
     is_leaf,
-    is_none,
     no_type_check,
     on_device,
     shortened,
 )
+from ._encoded import Encoded
 from ._formats import StateFormat, cast, compute_dtype, encode, storable
 from ._hyperparams import HyperParamLike, HyperParamLikeOrSchedule, Schedule
+from ._inspection import decoded
 from ._masks import as_bools, select
 from ._schedules import Beta3Schedule
 
@@ -333,8 +336,7 @@ def from_adamw(opt_state: Any, optim: AdEMAMix, params: PyTree[Any]) -> AdEMAMix
         count=copied(adam.count, jnp.int32),
         count_m2=blank.count_m2,
         m1=m1,
-        # Sharded as the others, which need not be sharded as the parameters are.
-        m2=jax.tree.map(lambda m, x: jnp.zeros_like(x, dtype=m.dtype), blank.m2, nu),
+        m2=jax.tree.map(_zeros_sharded_as, nu, blank.m2, is_leaf=is_entry),
         nu=nu,
     )
 
@@ -466,7 +468,7 @@ def to_optax(state: AdEMAMixState) -> optax.contrib.ScaleByAdemamixState:
 
 
 def _our_state(state: Any) -> AdEMAMixState:
-    return on_device(find_state(state, is_ours, "of AdEMAMix", name="state"))
+    return decoded(find_state(state, is_ours, "of AdEMAMix", name="state"))
 
 
 def is_ours(x: Any) -> bool:
@@ -535,16 +537,26 @@ def _adopted(
         lambda own, x: None if own is None else in_format(x, own),
         like,
         aligned(tree, blank.m2),
-        is_leaf=is_none,
+        is_leaf=is_entry,
     )
 
 
 def in_format(x: Any, own: Any) -> Any:
     """A copy of a moment, stored as our own of that parameter is."""
-    if not jnp.iscomplexobj(own):
+    if not jnp.issubdtype(own.dtype, np.complexfloating):
         x = jnp.real(x)  # optax starts the `nu` of a complex parameter complex
     real = compute_dtype(x.dtype, own.dtype)
-    return copied(encode(cast(jnp.asarray(x), real), own.dtype))
+    return _copies(encode(cast(jnp.asarray(x), real), own))
+
+
+def _zeros_sharded_as(x: Any, own: Any) -> Any:
+    """A moment of zeros, sharded as another moment of its parameter, which need not be
+    sharded as the parameter is."""
+    if own is None:
+        return None
+    like = x.real[0] if isinstance(x, Encoded) else x
+    shaped = lambda part: like if part.shape == like.shape else part
+    return jax.tree.map(lambda part: jnp.zeros_like(shaped(part), part.dtype), own)
 
 
 def _copies(tree: Any) -> Any:

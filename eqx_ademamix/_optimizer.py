@@ -4,7 +4,8 @@ import abc
 from typing import Any, Generic, TypeVar
 
 import equinox as eqx
-from jaxtyping import PyTree
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
 
 from ._checks import check_optimizer, no_type_check
 
@@ -28,6 +29,11 @@ class AbstractOptimizer(eqx.Module, Generic[State]):
         self, grads: PyTree[Any], state: State, params: PyTree[Any] | None = None
     ) -> tuple[PyTree[Any], State]:
         """See [`eqx_ademamix.update`][]."""
+
+
+def next_count(count: Array) -> Array:
+    """`count + 1`, saturating: a counter that wraps would start the schedules anew."""
+    return jnp.minimum(count, jnp.iinfo(jnp.int32).max - 1) + 1
 
 
 @no_type_check

@@ -12,6 +12,7 @@ from jaxtyping import PyTree
 
 from ._ademamix import AdEMAMix, AdEMAMixState
 from ._checks import check_optimizer, describe, no_type_check, path_text, shortened
+from ._encoded import is_encoded
 from ._optax import in_format
 
 
@@ -76,13 +77,13 @@ def from_torch(
     check_optimizer(optim, AdEMAMix)
     blank = optim.init(params)
     _check_kinds(state_dict, names)
-    leaves, treedef = jtu.tree_flatten_with_path(blank.m2)
+    leaves, treedef = jtu.tree_flatten_with_path(blank.m2, is_leaf=is_encoded)
     has_m1 = bool(jtu.tree_leaves(blank.m1))
     found = [_read(state_dict, names, path, x, has_m1) for path, x in leaves]
 
     def tree(name: str, like: Any) -> Any:
         moments = treedef.unflatten([getattr(x, name) for x in found])
-        return jax.tree.map(_on_devices_of, like, moments)
+        return jax.tree.map(_on_devices_of, like, moments, is_leaf=is_encoded)
 
     return AdEMAMixState(
         count=jnp.asarray(_steps(found), jnp.int32),
@@ -94,8 +95,11 @@ def from_torch(
 
 
 def _on_devices_of(own: Any, x: Any) -> Any:
-    moment = in_format(jnp.asarray(x), own)
-    return moment if isinstance(own, Tracer) else jax.device_put(moment, own.sharding)
+    return jax.tree.map(_put, in_format(jnp.asarray(x), own), own)
+
+
+def _put(x: Any, like: Any) -> Any:
+    return x if isinstance(like, Tracer) else jax.device_put(x, like.sharding)
 
 
 def _check_kinds(state_dict: Any, names: Any) -> None:
@@ -212,7 +216,10 @@ def _moment(where: str, name: str, x: Any, fn: Callable[[Any], Any], like: Any) 
             f"{moment.shape}. Map the path to a pair `(name, function)`, for example "
             "with `numpy.transpose`."
         )
-    if np.iscomplexobj(moment) != jnp.iscomplexobj(like) and name != "nu":
+    if (
+        np.iscomplexobj(moment) != np.issubdtype(like.dtype, np.complexfloating)
+        and name != "nu"
+    ):
         raise ValueError(
             f"{where} has dtype {like.dtype} in the optimizer, but its moment in the "
             f"state dict has {moment.dtype}: complex against real. Is it the state of "

@@ -163,8 +163,7 @@ class Run:
                     bar.update(step - bar.n)
                     bar.set_postfix(self.figures(bar.format_dict["rate"]))
                 if step % max(1, steps // NUM_EVALUATIONS) == 0 or step == until:
-                    loss = float(validation_loss(self.model, held_out))
-                    self.validation_losses.append((step, loss))
+                    self.validation_losses.append((step, self.validate(held_out)))
                     self.save()
                 if interrupt.requested:
                     self.save()
@@ -178,6 +177,9 @@ class Run:
             windows, self.model, self.state, self.optim
         )
         self.train_losses.append(loss)
+
+    def validate(self, held_out: Windows) -> float:
+        return float(validation_loss(self.model, held_out))
 
     def figures(self, steps_per_second: float | None) -> dict[str, str]:
         """What the progress bar shows."""
