@@ -27,10 +27,9 @@ class Config:
     """The number of steps of each optimizer, which all schedules span."""
     seeds: int = 4
     """The number of networks, which are trained at once."""
-    adamw_rate: float = 4e-3
-    """The peak of AdamW's learning rate."""
-    ademamix_rate: float = 4e-3
-    """The peak of AdEMAMix's learning rate."""
+    learning_rate: float = 1.6e-2
+    """The peak of the learning rate, good for both: of six, each twice the one before,
+    from 2e-3 to 6.4e-2, it is within a twentieth of the lowest error of each."""
     alpha: float = 5.0
     """AdEMAMix: the final weight of the slow average."""
     b3: float = 0.999
@@ -38,8 +37,13 @@ class Config:
     out: Path = Path("runs/pinn")
     """The folder for the plot."""
 
+    def __post_init__(self):
+        if self.steps % NUM_EVALUATIONS:
+            raise ValueError(f"steps is {self.steps}, but must be a multiple of 50")
+
 
 Scalar: TypeAlias = Float[Array, ""]
+Errors: TypeAlias = Float[Array, "evaluations seeds"]
 DIFFUSIVITY = 0.1
 NUM_POINTS = 128
 NUM_EVALUATIONS = 50
@@ -49,7 +53,7 @@ def exact(x: Scalar, t: Scalar) -> Scalar:
     """Each sine decays at a rate of its own."""
     decay = lambda n: jnp.exp(-DIFFUSIVITY * (n * jnp.pi) ** 2 * t)
     wave = lambda n: jnp.sin(n * jnp.pi * x) * decay(n)
-    return wave(1.0) + wave(3.0)
+    return wave(1.0) + 0.5 * wave(2.0)
 
 
 class Solution(eqx.Module):
@@ -84,12 +88,11 @@ def l2_error(model: Solution) -> Scalar:
     return jnp.linalg.norm(found - wanted) / jnp.linalg.norm(wanted)
 
 
-@eqx.filter_jit
 def train(
-    optim: eqx_ademamix.AdEMAMix, models: Solution, steps: int
-) -> tuple[Solution, Float[Array, "evaluations seeds"]]:
-    """The trained networks, and their errors after every fiftieth of the steps."""
-    params, rest = eqx.partition(models, eqx.is_array)
+    optim: eqx_ademamix.AdEMAMix, model: Solution, steps: int
+) -> Float[Array, " evaluations"]:
+    """The errors of one network after every fiftieth of the steps."""
+    params, rest = eqx.partition(model, eqx.is_array)
     key = jax.random.key(1)
 
     def step(carry, number: Array):
@@ -99,44 +102,50 @@ def train(
         updates, state = eqx_ademamix.update(optim, grads, state, model)
         return (eqx.apply_updates(params, updates), state), None
 
-    def steps_to_evaluation(carry, numbers: Array):
-        over_networks = jax.vmap(lambda carry: jax.lax.scan(step, carry, numbers)[0])
-        params, states = over_networks(carry)
-        return (params, states), jax.vmap(lambda p: l2_error(eqx.combine(p, rest)))(
-            params
-        )
+    def fiftieth(carry, numbers: Array):
+        (params, state), _ = jax.lax.scan(step, carry, numbers)
+        return (params, state), l2_error(eqx.combine(params, rest))
 
-    carry = params, jax.vmap(optim.init)(params)
     numbers = jnp.arange(steps).reshape(NUM_EVALUATIONS, -1)
-    (params, _), errors = jax.lax.scan(steps_to_evaluation, carry, numbers)
-    return eqx.combine(params, rest), errors
+    carry = params, eqx_ademamix.init(optim, model)
+    return jax.lax.scan(fiftieth, carry, numbers)[1]
+
+
+# A network is an axis more: all of them are trained at once.
+train_all = eqx.filter_jit(
+    eqx.filter_vmap(train, in_axes=(None, eqx.if_array(0), None), out_axes=1)
+)
 
 
 def make_optimizers(config: Config) -> dict[str, eqx_ademamix.AdEMAMix]:
-    """AdamW is AdEMAMix without its slow average."""
-    schedule = lambda peak: optax.warmup_cosine_decay_schedule(
-        0.0, peak, config.steps // 20, config.steps, end_value=0.01 * peak
+    """AdamW is AdEMAMix without its slow average. Neither decays the weights here."""
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0,
+        config.learning_rate,
+        config.steps // 20,
+        config.steps,
+        end_value=0.01 * config.learning_rate,
     )
     return {
-        "AdamW": eqx_ademamix.AdEMAMix(schedule(config.adamw_rate), alpha=0.0),
+        "AdamW": eqx_ademamix.AdEMAMix(schedule, alpha=0.0),
         "AdEMAMix": eqx_ademamix.AdEMAMix(
-            schedule(config.ademamix_rate),
+            schedule,
             b3=eqx_ademamix.beta3_scheduler(config.b3, 0.9, warmup=config.steps),
             alpha=eqx_ademamix.alpha_scheduler(config.alpha, warmup=config.steps),
         ),
     }
 
 
-def plot(path: Path, errors: dict[str, Float[Array, "evaluations seeds"]], steps: int):
+def plot(path: Path, errors: dict[str, Errors], steps: int) -> None:
     figure = Figure(figsize=(7.2, 4.4), layout="constrained")
     axes = figure.subplots()
     at = jnp.arange(1, NUM_EVALUATIONS + 1) * (steps // NUM_EVALUATIONS)
-    for (name, curves), color in zip(
-        errors.items(), ("tab:gray", "tab:red"), strict=True
-    ):
-        axes.semilogy(at, curves, color=color, linewidth=0.8, alpha=0.4)
+    colors = {"AdamW": "tab:gray", "AdEMAMix": "tab:red"}
+    for name, curves in errors.items():
         median = jnp.median(curves, axis=1)
-        axes.semilogy(at, median, color=color, label=f"{name}: {median[-1]:.1e}")
+        axes.semilogy(at, curves, color=colors[name], linewidth=0.8, alpha=0.4)
+        label = f"{name}: {median[-1]:.1e}"
+        axes.semilogy(at, median, color=colors[name], label=label)
     axes.set(xlabel="step", ylabel="relative L2 error")
     axes.legend(title="median of the networks  (thin: each)", frameon=False)
     save_figure(figure, path)
@@ -145,17 +154,17 @@ def plot(path: Path, errors: dict[str, Float[Array, "evaluations seeds"]], steps
 def main() -> None:
     config = tyro.cli(Config)
     jax.config.update("jax_enable_x64", True)
-    keys = jax.random.split(jax.random.key(0), config.seeds)
-    models = eqx.filter_vmap(Solution)(keys)
-    errors: dict[str, Float[Array, "evaluations seeds"]] = {}
-    print("optimizer  median error  best      worst")
-    for name, optim in make_optimizers(config).items():
-        _, errors[name] = train(optim, models, config.steps)
-        last = errors[name][-1]
-        print(
-            f"{name:<9}  {jnp.median(last):<12.2e}  {last.min():.2e}  {last.max():.2e}"
-        )
-    print(f"computed in {last.dtype}")
+    models = eqx.filter_vmap(Solution)(
+        jax.random.split(jax.random.key(0), config.seeds)
+    )
+    optims = make_optimizers(config)
+    errors = {name: train_all(o, models, config.steps) for name, o in optims.items()}
+    print("relative L2 error of the solution")
+    print("optimizer  median    best      worst")
+    for name, curves in errors.items():
+        row = jnp.median(curves[-1]), curves[-1].min(), curves[-1].max()
+        print(f"{name:<9}", *(f"{error:.2e}" for error in row), sep="  ")
+    print(f"\ncomputed in {errors['AdEMAMix'].dtype}")
     plot(config.out / "pinn.png", errors, config.steps)
     print(f"Plot drawn in {config.out / 'pinn.png'}")
 

@@ -13,7 +13,9 @@ _DISPLAY = re.compile(r'<div class="arithmatex">\\\[(.*?)\\\]</div>', re.DOTALL)
 
 def on_page_content(content: str, **_: Any) -> str:
     content = _INLINE.sub(lambda found: _render(found[1], "inline"), content)
-    return _DISPLAY.sub(lambda found: _render(found[1], "block"), content)
+    return _DISPLAY.sub(
+        lambda found: f'<div class="math">{_render(found[1], "block")}</div>', content
+    )
 
 
 def _render(latex: str, display: str) -> str:
