@@ -39,6 +39,12 @@ class Config:
     kill_at: int | None = None
     """With CHECKPOINT: send the own process SIGKILL after this step."""
 
+    def __post_init__(self):
+        if not 2 <= 2 * self.save_every <= self.steps:
+            raise ValueError(
+                f"save_every is {self.save_every}, but must lie in [1, steps / 2]"
+            )
+
 
 @eqx.filter_jit(donate="all-except-first")
 def train_step(
