@@ -45,6 +45,7 @@ def mean_loss(model: eqx.Module, data: Batch) -> Float[Array, ""]:
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
+@eqx.filter_jit
 def accuracy(model: eqx.Module, data: Batch) -> Float[Array, ""]:
     """The share of images that are read rightly."""
     images, labels = data

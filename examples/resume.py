@@ -118,7 +118,7 @@ def demonstrate(config: Config) -> None:
         path.unlink(missing_ok=True)
     kill_at = config.steps // 2 + config.save_every // 2
 
-    train_elsewhere(config, peace)
+    train(config, peace)
     code = train_elsewhere(config, killed, "--kill-at", str(kill_at))
     saved = read_header(killed)["step"]
     print(f"killed by {signal.Signals(-code).name} after step {kill_at}")
