@@ -39,7 +39,7 @@ def plot_losses(path: Path, curves: Sequence[Curve]) -> None:
     axes.set(xlabel="step", ylabel="loss (nats a byte)")
     axes.legend(title="validation loss  (thin: training loss)", frameon=False)
     closeup.set_title("validation loss, second half", fontsize="medium")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_switch(path: Path, stayed: Curve, left: Curve, switch: int) -> None:
@@ -71,10 +71,10 @@ def plot_switch(path: Path, stayed: Curve, left: Curve, switch: int) -> None:
     closeup.locator_params(axis="x", nbins=5)
     for axes in (whole, closeup):
         axes.set_xlabel("step")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
     """Makes all axes alike, and writes the figure."""
     for axes in figure.findobj(Axes):
         axes.grid(alpha=0.3)

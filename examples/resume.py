@@ -1,0 +1,150 @@
+"""Kills a training in the middle, resumes it, and compares it with one left in peace.
+
+For the options: `python examples/resume.py --help`.
+"""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import optax
+import tyro
+from _checkpoint import load, read_header, save
+from _digits import Batch, batch, mean_loss, read_digits
+from _plot import save_figure, smooth
+from jaxtyping import Array, Float
+from matplotlib.figure import Figure
+
+import eqx_ademamix
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Trains a classifier of handwritten digits twice: as one process, and as two, of
+    which the first is killed."""
+
+    steps: int = 2000
+    """The number of steps, which all schedules span."""
+    save_every: int = 100
+    """The number of steps between two checkpoints."""
+    out: Path = Path("runs/resume")
+    """The folder for the checkpoints and the plot."""
+    checkpoint: Path | None = None
+    """Only train, from this checkpoint if there is one, and write it."""
+    kill_at: int | None = None
+    """With CHECKPOINT: send the own process SIGKILL after this step."""
+
+    def __post_init__(self):
+        if not 2 <= 2 * self.save_every <= self.steps:
+            raise ValueError(
+                f"save_every is {self.save_every}, but must lie in [1, steps / 2]"
+            )
+
+
+@eqx.filter_jit(donate="all-except-first")
+def train_step(
+    kept: tuple[eqx_ademamix.AdEMAMix, Batch],
+    model: eqx.nn.MLP,
+    state: eqx_ademamix.AdEMAMixState,
+) -> tuple[eqx.nn.MLP, eqx_ademamix.AdEMAMixState, Float[Array, ""]]:
+    optim, data = kept
+    loss, grads = eqx.filter_value_and_grad(mean_loss)(model, data)
+    updates, state = eqx_ademamix.update(optim, grads, state, model)
+    return eqx.apply_updates(model, updates), state, loss
+
+
+def start(steps: int) -> tuple[eqx_ademamix.AdEMAMix, eqx.nn.MLP]:
+    """The optimizer, made anew by each process, and the initial model."""
+    model = eqx.nn.MLP(64, 10, width_size=128, depth=2, key=jax.random.key(0))
+    optim = eqx_ademamix.AdEMAMix(
+        optax.cosine_decay_schedule(1e-3, steps),
+        b3=eqx_ademamix.beta3_scheduler(0.999, 0.9, warmup=steps),
+        alpha=eqx_ademamix.alpha_scheduler(5.0, warmup=steps),
+        weight_decay=0.1,
+        weight_decay_mask=eqx_ademamix.decay_mask(model),
+    )
+    return optim, model
+
+
+def train(config: Config, checkpoint: Path) -> None:
+    """Trains up to the last step, from the checkpoint if there is one."""
+    optim, model = start(config.steps)
+    state = eqx_ademamix.init(optim, model)
+    losses: list[float] = []
+    if checkpoint.exists():
+        header, (model, state) = load(checkpoint, (model, state))
+        losses = header["losses"]
+    digits = read_digits()
+    for step in range(len(losses) + 1, config.steps + 1):
+        data = batch(digits.train, 64, 0, step)  # depends on the step alone
+        model, state, loss = train_step((optim, data), model, state)
+        losses.append(float(loss))
+        if step % config.save_every == 0 or step == config.steps:
+            save(checkpoint, {"step": step, "losses": losses}, (model, state))
+        if step == config.kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def train_elsewhere(config: Config, checkpoint: Path, *args: str) -> int:
+    """Trains in a process of its own. Returns how that ended."""
+    options = ("--steps", config.steps, "--save-every", config.save_every)
+    command = [sys.executable, __file__, *map(str, options), "--checkpoint", checkpoint]
+    return subprocess.run([*command, *args], check=False).returncode
+
+
+def plot(path: Path, peace: list[float], resumed: list[float], saved: int, killed: int):
+    figure = Figure(figsize=(7.2, 4.4), layout="constrained")
+    axes = figure.subplots()
+    axes.semilogy(*smooth(peace), color="tab:gray", linewidth=4, label="left in peace")
+    axes.semilogy(*smooth(resumed), color="tab:red", linewidth=1.2, label="resumed")
+    for step, name in ((saved, "checkpoint "), (killed, " killed")):
+        axes.axvline(step, color="black", linewidth=0.8, linestyle="--", zorder=0)
+        side = "right" if step == saved else "left"
+        top = axes.get_xaxis_transform()  # heights are shares of the axes
+        axes.text(step, 0.96, name, va="top", ha=side, transform=top)
+    axes.set(xlabel="step", ylabel="training loss (nats)")
+    axes.legend(frameon=False, loc="lower left")
+    save_figure(figure, path)
+
+
+def demonstrate(config: Config) -> None:
+    peace, killed = config.out / "peace.eqx", config.out / "killed.eqx"
+    for path in (peace, killed):
+        path.unlink(missing_ok=True)
+    kill_at = config.steps // 2 + config.save_every // 2
+
+    train(config, peace)
+    code = train_elsewhere(config, killed, "--kill-at", str(kill_at))
+    saved = read_header(killed)["step"]
+    print(f"killed by {signal.Signals(-code).name} after step {kill_at}")
+    print(f"resumed after step {saved}, that of the last checkpoint")
+    train_elsewhere(config, killed)
+
+    optim, model = start(config.steps)
+    like = model, eqx_ademamix.init(optim, model)
+    (header, tree), (header_2, tree_2) = load(peace, like), load(killed, like)
+    print(f"last loss, left in peace: {header['losses'][-1]!r}")
+    print(f"last loss, resumed:       {header_2['losses'][-1]!r}")
+    print(f"losses of all steps the same bit for bit: {header == header_2}")
+    same = bool(eqx.tree_equal(tree, tree_2))
+    print(f"model and state the same bit for bit: {same}")
+    image = config.out / "resume.png"
+    plot(image, header["losses"], header_2["losses"], saved, kill_at)
+    print(f"Plot drawn in {image}")
+
+
+def main() -> None:
+    config = tyro.cli(Config)
+    if config.checkpoint is None:
+        demonstrate(config)
+    else:
+        train(config, config.checkpoint)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""Trains with many learning rates at once, in one program, and then around the best.
+
+For the options: `python examples/sweep_learning_rates.py --help`.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import tyro
+from _digits import Batch, Digits, batch, mean_loss, read_digits
+from _plot import save_figure
+from jaxtyping import Array, Float
+from matplotlib.figure import Figure
+
+import eqx_ademamix
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Finds a learning rate for a classifier of handwritten digits."""
+
+    steps: int = 300
+    """The number of steps of each run."""
+    rates: int = 8
+    """The number of learning rates that are tried at once."""
+    seeds: int = 4
+    """The number of initial models, each trained with each learning rate."""
+    lowest: float = 3e-5
+    """The lowest of the first learning rates."""
+    highest: float = 1e-1
+    """The highest of the first learning rates."""
+    out: Path = Path("runs/sweep")
+    """The folder for the plot."""
+
+
+traces: list[None] = []  # one for each time that JAX traces `train`
+
+
+def make_optimizer(
+    learning_rate: Float[Array, ""], steps: int
+) -> eqx_ademamix.AdEMAMix:
+    """An array as the learning rate is traced, so that it can be batched."""
+    return eqx_ademamix.AdEMAMix(
+        learning_rate,
+        b3=eqx_ademamix.beta3_scheduler(0.99, 0.9, warmup=steps),
+        alpha=eqx_ademamix.alpha_scheduler(5.0, warmup=steps),
+    )
+
+
+def train(
+    optim: eqx_ademamix.AdEMAMix, model: eqx.nn.MLP, batches: Batch
+) -> eqx.nn.MLP:
+    """One run. That there are others beside it does not show."""
+    traces.append(None)
+    params, rest = eqx.partition(model, eqx.is_array)
+
+    def step(carry, batch: Batch):
+        params, state = carry
+        model = eqx.combine(params, rest)
+        grads = eqx.filter_grad(mean_loss)(model, batch)
+        updates, state = eqx_ademamix.update(optim, grads, state, model)
+        return (eqx.apply_updates(params, updates), state), None
+
+    carry = params, eqx_ademamix.init(optim, model)
+    (params, _), _ = jax.lax.scan(step, carry, batches)
+    return eqx.combine(params, rest)
+
+
+@eqx.filter_jit
+def sweep(
+    rates: Float[Array, " rates"],
+    models: eqx.nn.MLP,
+    batches: Batch,
+    held_out: Batch,
+) -> Float[Array, "rates seeds"]:
+    """The held-out losses of each model, trained with each of the learning rates."""
+    optims = eqx.filter_vmap(make_optimizer, in_axes=(0, None))(rates, len(batches[1]))
+
+    def loss(optim: eqx_ademamix.AdEMAMix, model: eqx.nn.MLP) -> Float[Array, ""]:
+        return mean_loss(train(optim, model, batches), held_out)
+
+    over_models = eqx.filter_vmap(loss, in_axes=(None, eqx.if_array(0)))
+    return eqx.filter_vmap(over_models, in_axes=(eqx.if_array(0), None))(optims, models)
+
+
+def stacked_batches(digits: Digits, steps: int) -> Batch:
+    batches = [batch(digits.train, 64, 0, step) for step in range(steps)]
+    images, labels = zip(*batches, strict=True)
+    return jnp.stack(images), jnp.stack(labels)
+
+
+def plot(path: Path, tries: list[tuple[Array, Array]]) -> None:
+    figure = Figure(figsize=(7.2, 4.4), layout="constrained")
+    axes = figure.subplots()
+    styles = (("tab:gray", "first sweep"), ("tab:red", "around its best"))
+    for (rates, losses), (color, label) in zip(tries, styles, strict=True):
+        axes.loglog(rates, losses, ".", color=color, markersize=4, alpha=0.5)
+        means = losses.mean(axis=1)
+        axes.loglog(rates, means, "o-", color=color, markersize=4, label=label)
+    axes.set(xlabel="learning rate", ylabel="held-out loss (nats)")
+    axes.legend(title="mean of the seeds  (dots: each)", frameon=False)
+    save_figure(figure, path)
+
+
+def main() -> None:
+    config = tyro.cli(Config)
+    digits = read_digits()
+    batches = stacked_batches(digits, config.steps)
+    make_model = lambda key: eqx.nn.MLP(64, 10, width_size=64, depth=2, key=key)
+    keys = jax.random.split(jax.random.key(0), config.seeds)
+    models = eqx.filter_vmap(make_model)(keys)
+
+    rates = jnp.geomspace(config.lowest, config.highest, config.rates)
+    tries: list[tuple[Array, Array]] = []
+    for _ in range(2):
+        losses = sweep(rates, models, batches, digits.held_out)
+        tries.append((rates, losses))
+        print("learning rate  held-out loss")
+        for rate, row in zip(rates, losses, strict=True):
+            print(
+                f"{rate:<13.2e}  {row.mean():.4f}  ({row.min():.4f} to {row.max():.4f})"
+            )
+        best, factor = rates[jnp.nanargmin(losses.mean(axis=1))], rates[1] / rates[0]
+        print(f"lowest at {best:.2e}\n")
+        rates = jnp.geomspace(best / factor, best * factor, config.rates)
+    plot(config.out / "sweep.png", tries)
+    runs = 2 * config.rates * config.seeds
+    print(f"{runs} runs. JAX has traced the training {len(traces)} time(s).")
+    print(f"Plot drawn in {config.out / 'sweep.png'}")
+
+
+if __name__ == "__main__":
+    main()

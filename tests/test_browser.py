@@ -1,0 +1,419 @@
+"""The site in Chromium: every page at two widths, the search, and both palettes.
+
+Each check is a function from a page to a list of problems, and is itself tested on a
+page that has the problem.
+"""
+
+import functools as ft
+import html.parser
+import http.server
+import importlib.util
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import urllib.parse
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import pytest
+
+
+ROOT = pathlib.Path(__file__).parents[1]
+PACKAGES = ("playwright", "mkdocs", "material", "mkdocstrings_handlers", "latex2mathml")
+MISSING = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+if MISSING:
+    reason = f'needs {", ".join(MISSING)}: pip install -e ".[browser,docs]"'
+    pytest.skip(reason, allow_module_level=True)
+if CHROMIUM is None:
+    pytest.skip("needs Chromium: apt-get install chromium", allow_module_level=True)
+
+from playwright.sync_api import (  # noqa: E402
+    Browser,
+    BrowserContext,
+    Page,
+    sync_playwright,
+)
+
+
+pytestmark = pytest.mark.browser
+WIDTHS = {"desktop": 1400, "phone": 390}
+WORDS = re.compile("weight decay", re.IGNORECASE)
+
+
+#
+# Checks: from a page to its problems
+#
+
+
+def overflow(page: Page) -> list[str]:
+    """Content that makes the page wider than its window."""
+    found: list[str] = page.evaluate(
+        """() => {
+            const root = document.scrollingElement, width = root.clientWidth
+            if (root.scrollWidth <= width) return []
+            const clips = e => getComputedStyle(e).overflowX !== "visible"
+            const scrolls = e => e && e !== root && e !== document.body &&
+                (clips(e) || scrolls(e.parentElement))
+            const wide = e => e.getBoundingClientRect().right > width + 0.5
+            const all = [...document.body.querySelectorAll("*")]
+            const found = all.filter(e => wide(e) && !scrolls(e))
+            return [`${root.scrollWidth} > ${width}`, ...found.map(e => e.outerHTML)]
+        }"""
+    )
+    return [text[:200] for text in found[:4]]
+
+
+def images_without_text(page: Page) -> list[str]:
+    return page.evaluate(
+        """() => [...document.images].filter(e => !e.alt.trim()).map(e => e.outerHTML)
+        """
+    )
+
+
+def broken_images(page: Page) -> list[str]:
+    return page.evaluate(
+        """async () => {
+            const images = [...document.images]
+            const broken = e => e.decode().then(() => null, () => e.outerHTML)
+            images.forEach(e => { e.loading = "eager" })
+            return (await Promise.all(images.map(broken))).filter(e => e)
+        }"""
+    )
+
+
+def unrendered_mathematics(page: Page) -> list[str]:
+    """LaTeX that is still to be read as such, outside of code."""
+    spans: list[str] = page.evaluate(
+        """() => [...document.querySelectorAll(".arithmatex")]
+            .filter(e => !e.querySelector("math")).map(e => e.outerHTML)"""
+    )
+    formulas: list[str] = page.evaluate(
+        """() => [...document.querySelectorAll("math")]
+            .filter(e => e.textContent.includes("\\\\") || e.querySelector("merror"))
+            .map(e => e.textContent)"""
+    )
+    text: str = page.evaluate(
+        """() => {
+            const body = document.body.cloneNode(true)
+            const others = "pre, code, script, style, math, template"
+            body.querySelectorAll(others).forEach(e => e.remove())
+            return body.textContent
+        }"""
+    )
+    pattern = r"\$\$|\\[()\[\]]|\\begin\{|\$[^\s$][^$\n]*\$"
+    return spans + formulas + re.findall(pattern, text)
+
+
+def broken_links(page: Page, site: pathlib.Path) -> list[str]:
+    """Links to files of the site that there are not, or to places that these lack."""
+    hrefs: list[str] = page.evaluate(
+        "() => [...document.querySelectorAll('a[href]')].map(e => e.href)"
+    )
+    here = urllib.parse.urlsplit(page.url)
+    links = [urllib.parse.urlsplit(href) for href in dict.fromkeys(hrefs)]
+    return [
+        link.geturl()
+        for link in links
+        if link.netloc == here.netloc and not _leads_somewhere(link, site)
+    ]
+
+
+def _leads_somewhere(link: urllib.parse.SplitResult, site: pathlib.Path) -> bool:
+    path = site / urllib.parse.unquote(link.path).lstrip("/")
+    path = path / "index.html" if path.is_dir() else path
+    fragment = urllib.parse.unquote(link.fragment)
+    return path.is_file() and (not fragment or fragment in _anchors(path))
+
+
+@ft.cache
+def _anchors(path: pathlib.Path) -> set[str]:
+    parser = _Anchors()
+    parser.feed(path.read_text())
+    return parser.found
+
+
+class _Anchors(html.parser.HTMLParser):
+    """Collects what a fragment can lead to."""
+
+    def __init__(self):
+        super().__init__()
+        self.found: set[str] = set()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]):
+        names = ("id", "name") if tag == "a" else ("id",)
+        self.found |= {value for name, value in attrs if name in names and value}
+
+
+def search_results(page: Page, words: str) -> list[str]:
+    """What the search box of the site finds."""
+    if not page.locator("[data-md-component=search-query]").is_visible():
+        page.locator("label.md-header__button[for=__search]").click()
+    box = page.locator("[data-md-component=search-query]")
+    box.fill("")
+    box.press_sequentially(words)
+    meta = page.locator(".md-search-result__meta")
+    # "Initializing search", then "Type to start searching", then the number of results.
+    page.wait_for_function(
+        "e => /matching document/.test(e.textContent)", arg=meta.element_handle()
+    )
+    return page.locator(".md-search-result__item").all_inner_texts()
+
+
+def palette(page: Page) -> tuple[str | None, str]:
+    """The name of the palette, and the colour of the page."""
+    background = "() => getComputedStyle(document.body).backgroundColor"
+    name = page.locator("body").get_attribute("data-md-color-scheme")
+    return name, page.evaluate(background)
+
+
+def toggle(page: Page) -> None:
+    """Goes over to the other palette, as a reader does."""
+    page.locator("[data-md-component=palette] label:visible").click()
+
+
+#
+# Pages
+#
+
+
+class Site(NamedTuple):
+    """A folder of pages, and where it is served."""
+
+    folder: pathlib.Path
+    address: str
+
+    @property
+    def pages(self) -> list[str]:
+        paths = sorted(self.folder.glob("**/*.html"))
+        return [path.relative_to(self.folder).as_posix() for path in paths]
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    """Serves a folder, without a log."""
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def serve() -> Iterator[Callable[[pathlib.Path], Site]]:
+    servers: list[http.server.ThreadingHTTPServer] = []
+
+    def start(folder: pathlib.Path) -> Site:
+        handler = ft.partial(Quiet, directory=str(folder))
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return Site(folder, f"http://127.0.0.1:{server.server_port}")
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture(scope="module")
+def site(
+    serve: Callable[[pathlib.Path], Site], tmp_path_factory: pytest.TempPathFactory
+) -> Site:
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", str(folder)]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    return serve(folder)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def context(browser: Browser, width: str) -> Iterator[BrowserContext]:
+    context = browser.new_context(viewport={"width": WIDTHS[width], "height": 900})
+    yield context
+    context.close()
+
+
+@pytest.fixture
+def width() -> str:
+    return "desktop"
+
+
+class Visit(NamedTuple):
+    """An open page, and the problems met while it was opened."""
+
+    page: Page
+    problems: list[str]
+
+
+def visit(context: BrowserContext, address: str) -> Visit:
+    """Opens a page. Requests to other hosts are problems, and are not sent."""
+    page, problems = context.new_page(), []
+    origin = "{0.scheme}://{0.netloc}/".format(urllib.parse.urlsplit(address))
+    own = (origin, "data:", "blob:")
+
+    def route(route: Any) -> None:
+        if route.request.url.startswith(own):
+            route.continue_()
+        else:
+            problems.append(f"foreign request: {route.request.url}")
+            route.abort()
+
+    def on_console(message: Any) -> None:
+        if message.type in ("error", "warning"):
+            problems.append(f"console: {message.text}")
+
+    def on_response(response: Any) -> None:
+        if response.status >= 400:
+            problems.append(f"failed request: {response.status} {response.url}")
+
+    page.route("**/*", route)
+    page.on("console", on_console)
+    page.on("pageerror", lambda error: problems.append(f"error: {error}"))
+    page.on("response", on_response)
+    page.on("requestfailed", lambda r: problems.append(f"failed request: {r.url}"))
+    page.goto(address, wait_until="networkidle")
+    return Visit(page, problems)
+
+
+def problems_of(found: Visit, site: Site) -> list[str]:
+    page = found.page
+    return [
+        *found.problems,
+        *(f"wider than the window: {x}" for x in overflow(page)),
+        *(f"image without text: {x}" for x in images_without_text(page)),
+        *(f"broken image: {x}" for x in broken_images(page)),
+        *(f"not rendered: {x}" for x in unrendered_mathematics(page)),
+        *(f"broken link: {x}" for x in broken_links(page, site.folder)),
+    ]
+
+
+@pytest.fixture
+def screenshots(tmp_path: pathlib.Path) -> pathlib.Path:
+    """Where to look at the site."""
+    folder = os.environ.get("EQX_ADEMAMIX_SCREENSHOTS")
+    return pathlib.Path(folder) if folder else tmp_path
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_pages(
+    site: Site, context: BrowserContext, width: str, screenshots: pathlib.Path
+):
+    problems: list[str] = []
+    for name in site.pages:
+        found = visit(context, f"{site.address}/{name}")
+        problems += [f"{name}: {problem}" for problem in problems_of(found, site)]
+        picture = name.removesuffix(".html").replace("/", "-")
+        for _ in range(2):
+            scheme, _ = palette(found.page)
+            path = screenshots / f"{picture}-{width}-{scheme}.png"
+            found.page.screenshot(path=path, full_page=True, animations="disabled")
+            toggle(found.page)
+        found.page.close()
+    assert problems == []
+    assert len(site.pages) > len([*(ROOT / "docs").glob("**/*.md")])  # and 404.html
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_search(site: Site, context: BrowserContext, width: str):
+    page, problems = visit(context, f"{site.address}/index.html")
+    results = search_results(page, WORDS.pattern)
+    assert any(WORDS.search(text) for text in results)
+    link = page.locator(".md-search-result__link:visible", has_text=WORDS).first
+    with page.expect_navigation():
+        link.click()
+    assert WORDS.search(page.locator("article").inner_text())
+    assert problems == []
+
+
+def test_search_can_find_nothing(site: Site, context: BrowserContext):
+    page, _ = visit(context, f"{site.address}/index.html")
+    assert search_results(page, "xyzzy") == []
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_palettes(site: Site, context: BrowserContext, width: str):
+    page, _ = visit(context, f"{site.address}/index.html")
+    first = palette(page)
+    toggle(page)
+    second = palette(page)
+    assert first[0] != second[0] and first[1] != second[1]
+    page.reload(wait_until="networkidle")
+    assert palette(page) == second  # it is remembered
+    toggle(page)
+    assert palette(page) == first
+
+
+#
+# The checks find what they look for, and nothing else
+#
+
+
+DOT = "data:image/gif;base64,R0lGODlhAQABAAAAACwAAAAAAQABAAA="
+GOOD = f"""<!doctype html><html lang="en"><link rel="icon" href="data:,"><body>
+<p id="there">A price of $5, <code>$x$ and \\(x\\)</code>.</p>
+<p><span class="arithmatex"><math><mi>x</mi></math></span></p>
+<img alt="A dot." src="{DOT}">
+<a href="#there">here</a> <a href="page.html#there">here</a> <a href="/">start</a>
+%s</body></html>"""
+PROBLEMS = {
+    "overflow": ("<div style='width: 2000px'>wide</div>", "wider than the window"),
+    "no alt": (f"<img src='{DOT}'>", "image without text"),
+    "empty alt": (f"<img alt=' ' src='{DOT}'>", "image without text"),
+    "image": ("<img alt='x' src='data:image/png;base64,AAAA'>", "broken image"),
+    "dollars": ("<p>$$x$$</p>", "not rendered"),
+    "dollar": ("<p>$x$</p>", "not rendered"),
+    "parentheses": (r"<p>\(x\)</p>", "not rendered"),
+    "brackets": (r"<p>\[x\]</p>", "not rendered"),
+    "environment": (r"<p>\begin{align}</p>", "not rendered"),
+    "arithmatex": ("<p class='arithmatex'>x</p>", "not rendered"),
+    "macro": (r"<math><mi>\nonsense</mi></math>", "not rendered"),
+    "anchor": ("<a href='#nowhere'>x</a>", "broken link"),
+    "anchor elsewhere": ("<a href='page.html#nowhere'>x</a>", "broken link"),
+    "page": ("<a href='nowhere.html'>x</a>", "broken link"),
+    "console": ("<script>console.error('no')</script>", "console: no"),
+    "warning": ("<script>console.warn('oh')</script>", "console: oh"),
+    "exception": ("<script>throw Error('no')</script>", "error: no"),
+    "missing": ("<script src='nowhere.js'></script>", "failed request: 404"),
+    "foreign": ("<script src='https://example.org/x.js'></script>", "foreign request"),
+    "font": (
+        "<style>@font-face{font-family:f;src:url(https://example.org/f)}</style>"
+        "<p style='font-family:f'>x</p>",
+        "foreign request",
+    ),
+}
+
+
+def visit_html(text: str, serve: Any, context: BrowserContext, folder: Any) -> Any:
+    site = serve(folder)
+    (folder / "index.html").write_text(text)
+    (folder / "page.html").write_text(GOOD % "")
+    return visit(context, f"{site.address}/index.html"), site
+
+
+def test_good_page_has_no_problems(serve, context, tmp_path):
+    found = visit_html(GOOD % "", serve, context, tmp_path)
+    assert problems_of(*found) == []
+
+
+@pytest.mark.parametrize("content, problem", PROBLEMS.values(), ids=PROBLEMS)
+def test_problems_are_found(content: str, problem: str, serve, context, tmp_path):
+    problems = problems_of(*visit_html(GOOD % content, serve, context, tmp_path))
+    assert problems and any(text.startswith(problem) for text in problems)
+
+
+def test_a_toggle_that_does_nothing_is_seen(serve, context, tmp_path):
+    text = "<form data-md-component='palette'><label>toggle</label></form>"
+    (page, _), _ = visit_html(GOOD % text, serve, context, tmp_path)
+    before = palette(page)
+    toggle(page)
+    assert palette(page) == before
