@@ -2,26 +2,27 @@
 
 import csv
 import dataclasses
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-import optax
-from jaxtyping import Array, Float, PyTree
+from _examples import (
+    Config,
+    Interrupt,
+    Run,
+    Windows,
+    cast,
+    cast_step,
+    read_text,
+    training_batch,
+    validation_loss,
+)
+from jaxtyping import Float
 
 import eqx_ademamix
 from eqx_ademamix import Compensated, StateFormat
-
-
-sys.path.append(str(Path(__file__).parent.parent / "examples"))
-from _config import Config
-from _interrupt import Interrupt
-from _text import Windows, read_text, training_batch
-from train_language_model import Run, clip, mean_loss, validation_loss
 
 
 SEEDS = (0, 1, 2)
@@ -49,26 +50,6 @@ VARIANTS = {
 }
 
 
-def cast(model: PyTree, dtype: Any) -> PyTree:
-    """The model with its parameters in another dtype."""
-    arrays, rest = eqx.partition(model, eqx.is_inexact_array)
-    return eqx.combine(eqx_ademamix.tree_cast(arrays, dtype), rest)
-
-
-@eqx.filter_jit(donate="all-except-first")
-def train_step(
-    kept: tuple[Any, Windows], model: PyTree, state: PyTree
-) -> tuple[PyTree, PyTree, Float[Array, ""]]:
-    """A step whose arithmetic is in float32 whatever the parameters are stored in, so
-    that nothing but the storage differs."""
-    optim, windows = kept
-    loss_of = lambda model: mean_loss(cast(model, jnp.float32), windows)
-    loss, grads = eqx.filter_value_and_grad(loss_of)(model)
-    grads, _ = clip.update(cast(grads, jnp.float32), optax.EmptyState())
-    updates, state = eqx_ademamix.update(optim, grads, state, model)
-    return eqx.apply_updates(model, updates), state, loss
-
-
 class StoredRun(Run):
     """A run of the main job with a variant."""
 
@@ -81,7 +62,7 @@ class StoredRun(Run):
     def step(self, step: int) -> None:
         size, context = self.config.batch_size, self.config.context
         windows = training_batch(self.text.train, size, context, self.config.seed, step)
-        self.model, self.state, loss = train_step(
+        self.model, self.state, loss = cast_step(
             (self.optim, windows), self.model, self.state
         )
         self.train_losses.append(loss)

@@ -57,7 +57,7 @@ def average(m2: Array, gradient: Array) -> Array:
     return m2 + (1 - B3) * (gradient - m2)
 
 
-def follow(storage: Storage, steps: int, seed: int) -> tuple[Any, Any, Any]:
+def follow(storage: Storage, steps: int, seed: int) -> tuple[Any, Any]:
     """`m2` in a format, and in float64, at some times of the protocol, over sigma."""
     sigma, mean = gradients(seed)
 
@@ -205,8 +205,8 @@ def main() -> None:
 
         compare(args.out, args.train_steps, args.only)
     else:
-        with _x64():
-            outcomes = [measure(s, args.steps, args.seed) for s in STORAGES]
+        jax.config.update("jax_enable_x64", True)
+        outcomes = [measure(s, args.steps, args.seed) for s in STORAGES]
         print_table(outcomes)
         write_csv(args.out / "precision.csv", outcomes)
         plot(args.out / "precision.png", outcomes, args.steps)

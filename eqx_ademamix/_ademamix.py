@@ -324,13 +324,6 @@ class AdEMAMix(AbstractOptimizer[AdEMAMixState]):
             nu=nu,
         )
 
-    def __hash__(self) -> int:
-        # Equal optimizers have equal hashes, and one with a mask in a dict, or with
-        # arrays, has a hash at all: `jax.jit(optim.update)` needs it.
-        leaves, treedef = jtu.tree_flatten(self)
-        types = ((x.shape, x.dtype) if eqx.is_array(x) else x for x in leaves)
-        return hash((treedef, *types))
-
     @property
     def _has_m1(self) -> bool:
         return not (isinstance(self.b1, float) and self.b1 == 0.0)

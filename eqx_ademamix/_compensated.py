@@ -147,8 +147,9 @@ class Compensated(AbstractOptimizer[CompensatedState]):
         dtype = np.dtype(f"int{self.bits}")
 
         def remainder(p: Any, u: Any) -> Any:
-            has_one = p is not None and u is not None and _is_16_bit(p)
-            return jnp.zeros_like(p, dtype=dtype) if has_one else None
+            if p is None or u is None or not _is_16_bit(p):
+                return None
+            return jnp.zeros_like(p, dtype=dtype)
 
         return CompensatedState(
             inner_state=inner_state,
@@ -264,12 +265,16 @@ def _split(
     count: Int32[Array, ""],
 ) -> tuple[_Arrays, _Remainders]:
     """Splits updates into those that 16-bit parameters take, and new remainders."""
-    out = []
-    leaves = (jtu.tree_leaves(x, is_leaf=is_entry) for x in (updates, wide, params))
-    old, treedef = jtu.tree_flatten(remainder, is_leaf=is_entry)
-    for i, (u, w, p, r) in enumerate(zip(*leaves, old, strict=True)):
-        out.append((u, None) if r is None else _split_leaf(u, w, p, r, (count, i)))
-    return tuple(treedef.unflatten(part) for part in zip(*out, strict=True))
+    positions = jtu.tree_structure(params, is_leaf=is_entry)
+    positions = positions.unflatten(range(positions.num_leaves))
+
+    def split(u: Any, w: Any, p: Any, r: Any, i: int) -> tuple[Any, Any]:
+        return (u, None) if r is None else _split_leaf(u, w, p, r, (count, i))
+
+    trees = updates, wide, params, remainder, positions
+    out = jax.tree.map(split, *trees, is_leaf=is_entry)
+    part = lambda i: jax.tree.map(lambda _, pair: pair[i], positions, out)
+    return part(0), part(1)
 
 
 def _split_leaf(u: Array, wide: Array, p: Array, r: Array, key: Any) -> Any:

@@ -66,7 +66,7 @@ class StateFormat(eqx.Module):
     min_size: int = eqx.field(static=True)
 
     @no_type_check
-    def __init__(self, m1: Any, m2: Any, nu: Any, *, min_size: int = 4096):
+    def __init__(self, m1: Any, m2: Any, nu: Any, *, min_size: Any = 4096):
         """**Arguments:**
 
         - `m1`, `m2`, `nu`: a codec, or a dtype: float16, bfloat16, float32 or float64
@@ -282,7 +282,7 @@ def _kind_text(moment: Any) -> str:
     return str(moment.codec)
 
 
-def decode(moment: Any) -> Array:
+def decode(moment: Any) -> Any:
     """A moment as an array, however it is stored."""
     return moment.codec.decode(moment) if isinstance(moment, Encoded) else moment
 

@@ -5,6 +5,7 @@ from typing import Any, Generic, TypeVar
 
 import equinox as eqx
 import jax.numpy as jnp
+import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
 from ._checks import check_optimizer, no_type_check
@@ -29,6 +30,13 @@ class AbstractOptimizer(eqx.Module, Generic[State]):
         self, grads: PyTree[Any], state: State, params: PyTree[Any] | None = None
     ) -> tuple[PyTree[Any], State]:
         """See [`eqx_ademamix.update`][]."""
+
+    def __hash__(self) -> int:
+        # Equal optimizers have equal hashes, and one with a mask in a dict, or with
+        # arrays, has a hash at all: `jax.jit(optim.update)` needs it.
+        leaves, treedef = jtu.tree_flatten(self)
+        types = ((x.shape, x.dtype) if eqx.is_array(x) else x for x in leaves)
+        return hash((treedef, *types))
 
 
 def next_count(count: Array) -> Array:

@@ -1,0 +1,471 @@
+"""Encoded states under everything that a dense state lives under."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import eqx_ademamix
+from eqx_ademamix import (
+    AdEMAMix,
+    AdEMAMixState,
+    Encoded,
+    ScaledFloat8,
+    ScaledFloat16,
+    SplitBfloat16,
+    StateFormat,
+    alpha_scheduler,
+    beta3_scheduler,
+    decoded,
+    state_bytes,
+    state_report,
+)
+
+from .helpers import (
+    assert_trees_close,
+    buffers,
+    count_traces,
+    loss_of_arrays,
+    make_mlp,
+    max_error,
+    tree_type,
+    x64,
+)
+
+
+SCHEDULES: Any = dict(
+    b3=beta3_scheduler(0.999, 0.9, warmup=10), alpha=alpha_scheduler(5.0, warmup=10)
+)
+FORMATS = {
+    "compact": StateFormat.compact(),
+    "half": StateFormat.half(),
+    "mixed": StateFormat(m1=jnp.bfloat16, m2=SplitBfloat16(), nu=ScaledFloat16()),
+}
+
+
+def everywhere(fmt: StateFormat) -> StateFormat:
+    """The same format for arrays of any size."""
+    return StateFormat(fmt.m1, fmt.m2, fmt.nu, min_size=0)
+
+
+def make_params() -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    draw = lambda shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    shapes = {"w": (64, 256), "stack": (3, 20, 300), "kernel": (16, 8, 3, 3), "b": (7,)}
+    params: dict[str, Any] = {name: draw(shape) for name, shape in shapes.items()}
+    c = jax.lax.complex(draw((70, 70)), draw((70, 70)))
+    return {**params, "c": c, "frozen": None, "i": 3}
+
+
+def sines(params: Any) -> Any:
+    """Gradients of all sizes."""
+    real = lambda x: 1e-3 * jnp.sin(7 * x) * jnp.exp(2 * x)
+
+    def of(x: Any) -> Any:
+        if jnp.iscomplexobj(x):
+            return jax.lax.complex(real(x.real), real(x.imag))
+        return real(x)
+
+    return jax.tree.map(of, eqx.filter(params, eqx.is_inexact_array))
+
+
+def train(optim: Any, params: Any, steps: int, step: Any = None) -> tuple[Any, Any]:
+    state = eqx_ademamix.init(optim, params)
+    for _ in range(steps):
+        updates, state = (step or eqx_ademamix.update)(
+            optim, sines(params), state, params
+        )
+        params = eqx.apply_updates(params, updates)
+    return params, state
+
+
+#
+# What is stored
+#
+
+
+def test_bytes_a_parameter():
+    params = {"a": jnp.zeros((32, 256)), "b": jnp.zeros((4, 16, 4097))}
+    count = sum(x.size for x in params.values())
+    for fmt, bound in ((StateFormat.compact(), 4.2), (StateFormat.half(), 6.2)):
+        for tree, size in ((params, count), (params["a"], params["a"].size)):
+            state = AdEMAMix(1e-3, state_format=fmt).init(tree)
+            moments = (state.m1, state.m2, state.nu)
+            assert state_bytes(moments) <= bound * size
+            assert state_bytes(state) == sum(x.nbytes for x in jtu.tree_leaves(state))
+    for codec, bound in (
+        (ScaledFloat8(), 1.1),
+        (ScaledFloat8().for_squares(), 1.1),
+        (ScaledFloat16(), 2.1),
+        (SplitBfloat16(), 3.1),
+    ):
+        assert codec.bytes_per_parameter((64, 256)) <= bound
+
+
+def test_state_bytes_before_there_is_a_state():
+    optim = AdEMAMix(1e-3, state_format=StateFormat.compact())
+    shapes = eqx.filter_eval_shape(eqx_ademamix.init, optim, make_params())
+    state = eqx_ademamix.init(optim, make_params())
+    assert state_bytes(shapes) == state_bytes(state) > 0
+    assert state_report(shapes) == state_report(state)
+
+
+def test_which_leaves_are_encoded():
+    fmt = StateFormat.compact()
+    params = {"small": jnp.zeros((63, 65)), "large": jnp.zeros((64, 64))}
+    state = AdEMAMix(1e-3, state_format=fmt).init(params)
+    assert state.m1["small"].dtype == jnp.float32
+    assert not isinstance(state.m1["small"], Encoded)
+    for tree, codec in ((state.m1, fmt.m1), (state.m2, fmt.m2), (state.nu, fmt.nu)):
+        assert isinstance(tree["large"], Encoded) and tree["large"].codec == codec
+    fmt = StateFormat(fmt.m1, fmt.m2, fmt.nu, min_size=4097)
+    assert not isinstance(
+        AdEMAMix(1, state_format=fmt).init(params).m1["large"], Encoded
+    )
+    with x64():
+        wide = AdEMAMix(1e-3, state_format=fmt).init(jnp.zeros(3, jnp.float64))
+        assert wide.m1.dtype == wide.m2.dtype == wide.nu.dtype == jnp.float64
+
+
+def test_report():
+    params = {"bias": jnp.zeros(256), "weight": jnp.zeros((64, 256))}
+    optim = AdEMAMix(1e-3, b1=0, state_format=StateFormat.compact())
+    assert state_report(eqx_ademamix.init(optim, params)) == (
+        "The state takes 51,340 bytes, 3.09 a parameter.\n"
+        "\n"
+        "  path        shape      m1    m2             nu            bytes\n"
+        "  ['bias']    (256,)     none  float32        float32        8.00\n"
+        "  ['weight']  (64, 256)  none  ScaledFloat16  ScaledFloat8   3.01"
+    )
+    example = state_report.__doc__.split("```text\n")[1].split("```")[0]
+    lines = [line.removeprefix("        ") for line in example.splitlines()]
+    optim = AdEMAMix(1e-3, state_format=StateFormat.compact())
+    report = state_report((eqx_ademamix.init(optim, params), "and more"))
+    assert report == "\n".join(lines).rstrip()
+    empty = AdEMAMix(1e-3).init({})
+    assert state_report(empty).startswith("The state takes 8 bytes.")
+
+
+@pytest.mark.parametrize("tree", ({}, (1, 2), "two"))
+def test_report_of_something_else(tree: Any):
+    if tree == "two":
+        tree = [AdEMAMix(1e-3).init(jnp.ones(2))] * 2
+    with pytest.raises(ValueError, match=r"`state` is .* states of AdEMAMix in it"):
+        state_report(tree)
+
+
+#
+# Steps
+#
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_updates_are_close_to_those_of_float32(name: str):
+    params = make_params()
+    fmt = everywhere(FORMATS[name])
+    compact, _ = train(AdEMAMix(1e-3, state_format=fmt, **SCHEDULES), params, 20)
+    exact, _ = train(AdEMAMix(1e-3, **SCHEDULES), params, 20)
+    moved = jax.tree.map(lambda x, y: x - y, *map(arrays_of, (exact, params)))
+    error = jax.tree.map(lambda x, y: x - y, *map(arrays_of, (exact, compact)))
+    tolerance = 0.1 if name == "compact" else 0.02
+    for path, x in jtu.tree_leaves_with_path(error):
+        size = jnp.linalg.norm(dict(jtu.tree_leaves_with_path(moved))[path].ravel())
+        assert jnp.linalg.norm(x.ravel()) <= tolerance * size, jtu.keystr(path)
+
+
+def arrays_of(tree: Any) -> Any:
+    return eqx.filter(tree, eqx.is_inexact_array)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_types_stay_and_one_trace(name: str):
+    optim = AdEMAMix(1e-3, state_format=everywhere(FORMATS[name]), **SCHEDULES)
+    params = make_params()
+    counted, traces = count_traces(eqx_ademamix.update)
+    before = tree_type(eqx_ademamix.init(optim, params))
+    _, state = train(optim, params, 3, eqx.filter_jit(counted))
+    assert tree_type(state) == before
+    assert len(traces) == 1
+    _, state = train(optim, params, 1)
+    assert tree_type(state) == before
+
+
+def test_runs_repeat_bit_for_bit():
+    optim = AdEMAMix(1e-3, state_format=everywhere(StateFormat.compact()))
+    step = eqx.filter_jit(eqx_ademamix.update)
+    one, other = (train(optim, make_params(), 5, step) for _ in range(2))
+    assert eqx.tree_equal(one, other)
+
+
+def test_equal_leaves_are_rounded_independently():
+    """By their place in the model, else the errors of equal layers would be equal."""
+    optim = AdEMAMix(1e-3, state_format=everywhere(StateFormat.compact()))
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 256)), jnp.float32)
+    _, state = optim.update([x, x], optim.init([x, x]))
+    for tree in (state.m1, state.m2, state.nu):
+        assert not np.array_equal(tree[0].real[0], tree[1].real[0])
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_scan_and_vmap(name: str):
+    optim = AdEMAMix(1e-3, state_format=everywhere(FORMATS[name]))
+    params = arrays_of(make_params())
+
+    def run(params: Any) -> Any:
+        def body(carry: Any, _: None) -> Any:
+            params, state = carry
+            updates, state = optim.update(sines(params), state, params)
+            return (eqx.apply_updates(params, updates), state), None
+
+        return jax.lax.scan(body, (params, optim.init(params)), None, length=3)[0]
+
+    single = jax.jit(run)(params)
+    stacked = jax.tree.map(lambda x: jnp.stack([x, 0.5 * x]), params)
+    many = eqx.filter_jit(eqx.filter_vmap(run))(stacked)
+    first = jax.tree.map(lambda x: x[0], many)
+    assert tree_type(first) == tree_type(single)
+    assert_trees_close(decoded(first), decoded(single), 0.02)
+    assert many[1].m2["w"].shape == (2, 64, 256)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_donation(name: str):
+    optim = AdEMAMix(1e-3, state_format=everywhere(FORMATS[name]))
+    params = arrays_of(make_params())
+    state = optim.init(params)
+    assert len(set(buffers(state))) == len(buffers(state))
+
+    def step(params: Any, state: Any) -> Any:
+        updates, state = optim.update(sines(params), state, params)
+        return eqx.apply_updates(params, updates), state
+
+    jitted = jax.jit(step, donate_argnums=(0, 1))
+    memory: Any = jitted.lower(params, state).compile().memory_analysis()
+    # All of it but counters and seeds is written where it was read.
+    size = state_bytes((params, state))
+    assert memory.alias_size_in_bytes >= 0.99 * size
+    for _ in range(3):
+        old = jtu.tree_leaves((params, state))
+        params, state = jitted(params, state)
+        assert all(x.is_deleted() for x in old if x.size > 1)
+
+
+def test_temporaries_of_a_step():
+    """The state and what a step needs beside it are less than a float32 state."""
+    params = [jnp.zeros((512, 512)) for _ in range(4)]
+
+    def bytes_of(fmt: StateFormat) -> int:
+        optim = AdEMAMix(1e-3, state_format=fmt)
+        state = optim.init(params)
+
+        def step(params: Any, state: Any, grads: Any) -> Any:
+            updates, state = optim.update(grads, state, params)
+            return eqx.apply_updates(params, updates), state
+
+        jitted = jax.jit(step, donate_argnums=(0, 1))
+        memory: Any = jitted.lower(params, state, params).compile().memory_analysis()
+        return state_bytes(state) + memory.temp_size_in_bytes
+
+    assert bytes_of(StateFormat.compact()) < 0.75 * bytes_of(StateFormat.float32())
+
+
+@pytest.mark.parametrize("spec", (("x", None), (None, "x")), ids=("first", "last"))
+def test_sharding(spec: tuple[Any, ...]):
+    """The codes lie where the parameters lie, and the numbers are the same."""
+    mesh = Mesh(np.array(jax.devices()), ("x",))
+    sharding = NamedSharding(mesh, PartitionSpec(*spec))
+    params = jnp.asarray(np.random.default_rng(0).normal(size=(64, 2048)), jnp.float32)
+    optim = AdEMAMix(1e-3, state_format=StateFormat.compact())
+    step = jax.jit(optim.update)
+
+    def run(params: Any) -> Any:
+        state = optim.init(params)
+        for _ in range(3):
+            updates, state = step(sines(params), state, params)
+            params = params + updates
+        return params, state
+
+    sharded, plain = run(jax.device_put(params, sharding)), run(params)
+    for tree in (sharded[1].m1, sharded[1].m2, sharded[1].nu):
+        assert tree.real[0].sharding.is_equivalent_to(sharding, 2)
+    assert optim.init(jax.device_put(params, sharding)).m2.real[0].sharding == sharding
+    # Codes may differ by one where the compiler rounds the arithmetic otherwise.
+    for a, b in zip(jtu.tree_leaves(sharded), jtu.tree_leaves(plain), strict=True):
+        assert np.mean(np.asarray(a) != np.asarray(b)) < 1e-3 or max_error(a, b) < 1e-6
+
+
+def test_b1_zero_and_params_left_out():
+    fmt = everywhere(StateFormat.compact())
+    optim = AdEMAMix(1e-3, b1=0, state_format=fmt)
+    params = arrays_of(make_params())
+    state = optim.init(params)
+    assert jtu.tree_leaves(state.m1) == []
+    updates, after = jax.jit(optim.update)(sines(params), state)
+    assert tree_type(after) == tree_type(state)
+    assert tree_type(updates) == tree_type(params)
+
+
+@pytest.mark.parametrize("scale", (1e-12, 1e-6, 1.0, 1e4))
+def test_gradients_of_all_scales(scale: float):
+    """At a scale the step is that of gradients near 1, as Adam's is."""
+    fmt = everywhere(StateFormat.compact())
+    optim = AdEMAMix(1e-3, eps=1e-30, state_format=fmt)
+    params = eqx.filter(
+        make_params(), lambda x: eqx.is_array(x) and x.dtype == "float32"
+    )
+    grads = jax.tree.map(lambda x: jnp.sign(x) * jnp.exp(x), params)
+
+    def run(scale: float) -> Any:
+        state = optim.init(grads)
+        for _ in range(3):
+            scaled = jax.tree.map(lambda g: scale * g, grads)
+            updates, state = optim.update(scaled, state)
+        return updates
+
+    for x, y in zip(*map(jtu.tree_leaves, (run(scale), run(1.0))), strict=True):
+        assert np.all(np.isfinite(x))
+        assert np.linalg.norm(x - y) <= 0.2 * np.linalg.norm(y)
+
+
+@pytest.mark.parametrize("dtype", ("float16", "bfloat16", "float64"))
+def test_other_parameters(dtype: str):
+    with x64():
+        params = jnp.asarray(np.random.default_rng(0).normal(size=(64, 256)), dtype)
+        optim = AdEMAMix(1e-2, weight_decay=0.1, state_format=StateFormat.compact())
+        state = optim.init(params)
+        assert isinstance(state.m2, Encoded)
+        updates, after = jax.jit(optim.update)(params, state, params)
+        assert updates.dtype == params.dtype and tree_type(after) == tree_type(state)
+        expected, _ = AdEMAMix(1e-2, weight_decay=0.1).update(
+            params, AdEMAMix(1e-2).init(params), params
+        )
+        np.testing.assert_allclose(
+            np.float64(updates), np.float64(expected), rtol=0.02, atol=1e-6
+        )
+
+
+#
+# Beside it
+#
+
+
+def test_decoded():
+    params = make_params()
+    optim = AdEMAMix(1e-3, state_format=everywhere(StateFormat.compact()))
+    _, state = train(optim, params, 2)
+    dense = decoded(state)
+    assert type(dense) is AdEMAMixState
+    like = eqx_ademamix.init(AdEMAMix(1e-3), params)
+    assert tree_type(dense) == tree_type(like)
+    fmt = optim.state_format
+    assert isinstance(fmt.m2, ScaledFloat16)
+    assert np.array_equal(dense.m2["w"], fmt.m2.decode(state.m2["w"]))
+    assert decoded(dense) is not None and eqx.tree_equal(decoded(dense), dense)
+    nested = decoded({"inside": (state, 1)})
+    assert eqx.tree_equal(nested["inside"][0], dense)
+
+
+def test_to_and_from_optax_and_adamw():
+    params = {"w": make_params()["w"], "b": make_params()["b"]}
+    optim = AdEMAMix(1e-3, state_format=everywhere(StateFormat.compact()))
+    _, state = train(optim, params, 3)
+    dense = decoded(state)
+    theirs = eqx_ademamix.to_optax(state)
+    adam = eqx_ademamix.to_adamw(state)
+    for x, y in ((theirs.m1, dense.m1), (theirs.m2, dense.m2), (theirs.nu, dense.nu)):
+        assert eqx.tree_equal(x, y)
+    assert eqx.tree_equal(adam.mu, dense.m1) and eqx.tree_equal(adam.nu, dense.nu)
+    back = eqx_ademamix.from_optax(theirs, optim, params)
+    assert tree_type(back) == tree_type(state)
+    # Rounded to nearest: what was on a grid of squares is still on it.
+    assert eqx.tree_equal(decoded(back).nu, dense.nu)
+    for x, y, bound in (
+        (decoded(back).m1, dense.m1, 0.1),
+        (decoded(back).m2, dense.m2, 1 / 2620),
+    ):
+        near = jax.tree.map(
+            lambda a, b, bound=bound: bool(
+                jnp.all(abs(a - b) <= 1.01 * bound * abs(b))
+            ),
+            x,
+            y,
+        )
+        assert all(jtu.tree_leaves(near))
+    switched = eqx_ademamix.from_adamw(adam, optim, params)
+    assert tree_type(switched) == tree_type(state)
+    assert all(np.all(x == 0) for x in jtu.tree_leaves(decoded(switched).m2))
+    assert eqx.tree_equal(decoded(switched).nu, dense.nu)
+    mesh = Mesh(np.array(jax.devices()), ("x",))
+    sharding = NamedSharding(mesh, PartitionSpec("x"))
+    weights = {"w": params["w"]}
+    adam = optax.ScaleByAdamState(
+        jnp.int32(3), *[jax.device_put(weights, sharding)] * 2
+    )
+    switched = eqx_ademamix.from_adamw(adam, optim, weights)
+    assert switched.m2["w"].real[0].sharding == sharding
+
+
+def test_from_torch():
+    params = {"w": jnp.zeros((64, 256))}
+    x = np.asarray(make_params()["w"])
+    moments = {"exp_avg_fast": x, "exp_avg_slow": x, "exp_avg_sq": x**2}
+    state_dict = {"state": {0: {"step": 5, **moments}}, "param_groups": []}
+    optim = AdEMAMix(1e-3, state_format=StateFormat.compact())
+    state = eqx_ademamix.from_torch(state_dict, optim, params, {"['w']": 0})
+    assert tree_type(state) == tree_type(optim.init(params))
+    np.testing.assert_allclose(decoded(state).m2["w"], x, rtol=1 / 2600)
+    np.testing.assert_allclose(decoded(state).nu["w"], x**2, rtol=0.09)
+
+
+def test_serialisation(tmp_path: Any):
+    params = make_params()
+    optim = AdEMAMix(1e-3, state_format=everywhere(StateFormat.compact()))
+    _, state = train(optim, params, 2)
+    eqx.tree_serialise_leaves(tmp_path / "state.eqx", state)
+    like = eqx.filter_eval_shape(eqx_ademamix.init, optim, params)
+    loaded = eqx.tree_deserialise_leaves(tmp_path / "state.eqx", like)
+    assert eqx.tree_equal(loaded, state)
+    as_numpy = jax.tree.map(np.asarray, state)
+    one = eqx_ademamix.update(optim, sines(params), as_numpy, params)
+    assert eqx.tree_equal(one, eqx_ademamix.update(optim, sines(params), state, params))
+
+
+def test_a_sweep_and_extend_and_hyperparams():
+    fmt = everywhere(StateFormat.compact())
+    model = make_mlp()
+
+    @eqx.filter_vmap
+    def run(rate: Any) -> Any:
+        optim = AdEMAMix(rate, state_format=fmt)
+        state = eqx_ademamix.init(optim, model)
+        grads = eqx.filter_grad(loss_of_arrays)(model)
+        updates, state = eqx_ademamix.update(optim, grads, state, model)
+        return updates, eqx_ademamix.hyperparams(optim, state)
+
+    updates, h = eqx.filter_jit(run)(jnp.asarray([1e-3, 2e-3]))
+    weight = updates.layers[0].weight
+    np.testing.assert_allclose(2 * weight[0], weight[1], rtol=1e-5)
+    np.testing.assert_allclose(h.learning_rate, [1e-3, 2e-3])
+    optim = AdEMAMix(1e-3, state_format=fmt, **SCHEDULES)
+    state = eqx_ademamix.init(optim, model)
+    assert eqx_ademamix.extend(optim, state, warmup=20).alpha(20) == 5.0
+
+
+def test_the_typed_core_takes_encoded_leaves_by_their_shape():
+    good = ScaledFloat8().zeros(jnp.zeros((2, 3)))
+    squares = ScaledFloat8(signed=False).zeros(jnp.zeros((2, 3)))
+    other = ScaledFloat8().zeros(jnp.zeros((3, 2)))
+    count = jnp.zeros((), jnp.int32)
+    AdEMAMixState(count, count, {"w": good}, {"w": good}, {"w": squares})
+    for wrong in ({"w": other}, {"v": good}, {"w": jnp.zeros((3, 3))}):
+        with pytest.raises(TypeError):
+            AdEMAMixState(count, count, wrong, {"w": good}, {"w": squares})
+    imaginary = ScaledFloat8().zeros(jnp.zeros((2, 3), complex))
+    with pytest.raises(TypeError):
+        AdEMAMixState(count, count, {"w": good}, {"w": good}, {"w": imaginary})
