@@ -49,8 +49,8 @@ class Outcome(NamedTuple):
 def gradients(seed: int) -> tuple[Array, Array]:
     """The scales and the means of the gradients."""
     sigma_key, mean_key = jax.random.split(jax.random.key(seed))
-    sigma = jnp.exp(jax.random.normal(sigma_key, (SIZE,)))
-    return sigma, 0.05 * sigma * jax.random.normal(mean_key, (SIZE,))
+    sigma = jnp.exp(jax.random.normal(sigma_key, (SIZE,), jnp.float32))
+    return sigma, 0.05 * sigma * jax.random.normal(mean_key, (SIZE,), jnp.float32)
 
 
 def average(m2: Array, gradient: Array) -> Array:
@@ -65,7 +65,8 @@ def follow(storage: Storage, steps: int, seed: int) -> tuple[Any, Any]:
         m2, exact = carry
         noise_key, key = jax.random.split(jax.random.fold_in(jax.random.key(seed), t))
         signal = jnp.where(t < steps // 2, 1.0, -0.5) * mean
-        gradient = signal + sigma * jax.random.normal(noise_key, (SIZE,), sigma.dtype)
+        noise = sigma * jax.random.normal(noise_key, (SIZE,), jnp.float32)
+        gradient = (signal + noise).astype(jnp.float32)
         m2 = storage.round_trip(average(m2, gradient), key)
         return (m2, average(exact, gradient.astype(float))), None
 

@@ -189,8 +189,9 @@ def check_state_type(state: Any, grads: Any, cls: type) -> None:
             "order is `update(optim, grads, state, params)`."
         )
     if not isinstance(state, cls):
+        expected = _a(f"`{cls.__name__}`")
         raise TypeError(
-            f"`state` is {describe(state)}, but an `{cls.__name__}` was expected, as "
+            f"`state` is {describe(state)}, but {expected} was expected, as "
             "`init` of this optimizer returns. Was it made by another optimizer?"
         )
 

@@ -161,7 +161,14 @@ def part_structs(codec: AbstractCodec, shape: tuple[int, ...]) -> tuple[Any, ...
     """The shapes and dtypes of the arrays that a codec makes of a real array."""
     value = jax.ShapeDtypeStruct(shape, np.float32)
     seed = jax.ShapeDtypeStruct((), np.uint32)
-    return jax.eval_shape(codec.encode_real, value, seed)
+    parts = jax.eval_shape(codec.encode_real, value, seed)
+    if not (isinstance(parts, tuple) and parts and parts[0].shape == shape):
+        raise TypeError(
+            f"`{type(codec).__name__}.encode_real` returned {describe(parts)} for an "
+            f"array of shape {shape}, but a tuple was expected whose first array has "
+            "that shape."
+        )
+    return parts
 
 
 def _as_float32(x: Array) -> Array:
@@ -223,15 +230,25 @@ _GOLDEN = np.uint32(0x9E3779B9)  # 2^32 over the golden ratio
 class _Grid(NamedTuple):
     """The numbers that codes of one kind stand for. Between two powers of two there are
     `steps` of them, evenly spaced; the code `top` would be the next power of two above
-    the largest number of the block, and 0 is zero."""
+    the largest number of the block. A signed grid goes on from its lowest power of two
+    in even steps to the code 0, which is zero; an unsigned one ends there with the code
+    1, below which there is nothing but zero."""
 
     dtype: Any
     top: int
     steps: int
+    is_signed: bool
+    is_dithered: bool
 
 
-_SIGNED = {8: _Grid(np.int8, 127, 5), 16: _Grid(np.int16, 32767, 1310)}
-_UNSIGNED = {8: _Grid(np.uint8, 255, 6), 16: _Grid(np.uint16, 65535, 1024)}
+_SIGNED = {
+    8: _Grid(np.int8, 125, 5, is_signed=True, is_dithered=False),
+    16: _Grid(np.int16, 32760, 1260, is_signed=True, is_dithered=True),
+}
+_UNSIGNED = {
+    8: _Grid(np.uint8, 255, 6, is_signed=False, is_dithered=False),
+    16: _Grid(np.uint16, 65535, 1024, is_signed=False, is_dithered=False),
+}
 
 _BINADE = 1 << 23  # the float32 bit patterns from one power of two to the next
 _SMALLEST = np.int32(_BINADE)  # the pattern of the smallest normal number
@@ -245,9 +262,9 @@ class ScaledFloat16(AbstractCodec):
     of the largest entry of their block, one byte a block.
 
     Signed, for `m1` and `m2`: an entry of at least $2^{-24}$ of its block's largest is
-    kept to a relative error of 1/2620, below $2^{-11}$; one of less than $2^{-25}$ may
-    become zero. float16 with a scale has 1024 numbers from one power of two to the
-    next, this has 1310, since it spends none on exponents that do not occur. The
+    kept to a relative error of 1/2520, below $2^{-11}$; a smaller one to $2^{-35}$ of
+    the largest. float16 with a scale has 1024 numbers from one power of two to the
+    next, this has 1260, since it spends none on exponents that do not occur. The
     rounding is dithered: a random fraction of a step is added before rounding and
     subtracted after decoding, so that the error is uniform and has mean zero whatever
     the value is (Gray and Stockham 1993, "Dithered quantizers"; within half a step of a
@@ -287,26 +304,31 @@ class ScaledFloat16(AbstractCodec):
     @no_type_check
     def encode_real(self, value: Array, seed: Array | None) -> tuple[Array, ...]:
         """See [`eqx_ademamix.AbstractCodec`][]."""
-        return _encode_scaled(value, seed, self.block_size, 16, self.signed)
+        return _encode_scaled(value, seed, self.block_size, self._grid)
 
     @no_type_check
     def decode_real(self, parts: tuple[Array, ...]) -> Array:
         """See [`eqx_ademamix.AbstractCodec`][]."""
-        return _decode_scaled(parts, self.block_size, 16, self.signed)
+        return _decode_scaled(parts, self.block_size, self._grid)
 
     @no_type_check
     def for_squares(self) -> "ScaledFloat16":
         """See [`eqx_ademamix.AbstractCodec`][]."""
         return ScaledFloat16(self.block_size, signed=False)
 
+    @property
+    def _grid(self) -> "_Grid":
+        return (_SIGNED if self.signed else _UNSIGNED)[16]
+
 
 class ScaledFloat8(AbstractCodec):
-    r"""One byte: as [`eqx_ademamix.ScaledFloat16`][], with fewer numbers.
+    r"""One byte: as [`eqx_ademamix.ScaledFloat16`][], with fewer numbers, and rounded
+    up or down at random such that the mean is exact.
 
-    Signed, for `m1`: an entry of at least $2^{-24}$ of its block's largest is kept to a
-    tenth of itself, dithered; the average of ten steps that `m1` is at $\beta_1 = 0.9$
-    averages the errors too. Not for `m2`, which averages over so many steps that the
-    errors add up to more than it is.
+    Signed, for `m1`: five numbers between powers of two, so an entry of at least
+    $2^{-23}$ of its block's largest is kept to a fifth of itself. The average of ten
+    steps that `m1` is at $\beta_1 = 0.9$ averages the errors too. Not for `m2`, whose
+    errors of ten thousand steps would be larger than it is.
 
     Unsigned, for `nu`: six numbers between powers of two, 41 powers of two below the
     largest entry of the block, so gradients that differ by six orders of magnitude.
@@ -322,10 +344,11 @@ class ScaledFloat8(AbstractCodec):
 
     Between steps, since every power of two is on the grid and the scale is a power of
     two, a new scale moves no number: what is not changed by the gradient is stored
-    again exactly, and the random rounding of a change $\delta$ on a grid of spacing
-    $\Delta$ adds a variance of only $\delta (\Delta - \delta)$. In a long run `nu` has
-    a relative standard deviation of about $\sqrt{\Delta/2}$, a quarter, and the
-    denominator half of that, whatever $\beta_2$ is.
+    again as it is, and the random rounding of a change $\delta$ on a grid of spacing
+    $\Delta$ adds a variance of at most $|\delta| \Delta$. That is less than what the
+    average forgets in the step, so no decay makes the errors grow without end. In a
+    long run `nu` has a relative standard deviation of about $\sqrt{\Delta/2}$, a
+    quarter, and the denominator half of that, whatever $\beta_2$ is.
     """
 
     block_size: int = eqx.field(static=True)
@@ -349,17 +372,21 @@ class ScaledFloat8(AbstractCodec):
     @no_type_check
     def encode_real(self, value: Array, seed: Array | None) -> tuple[Array, ...]:
         """See [`eqx_ademamix.AbstractCodec`][]."""
-        return _encode_scaled(value, seed, self.block_size, 8, self.signed)
+        return _encode_scaled(value, seed, self.block_size, self._grid)
 
     @no_type_check
     def decode_real(self, parts: tuple[Array, ...]) -> Array:
         """See [`eqx_ademamix.AbstractCodec`][]."""
-        return _decode_scaled(parts, self.block_size, 8, self.signed)
+        return _decode_scaled(parts, self.block_size, self._grid)
 
     @no_type_check
     def for_squares(self) -> "ScaledFloat8":
         """See [`eqx_ademamix.AbstractCodec`][]."""
         return ScaledFloat8(self.block_size, signed=False)
+
+    @property
+    def _grid(self) -> "_Grid":
+        return (_SIGNED if self.signed else _UNSIGNED)[8]
 
 
 def _checked_block_size(name: str, block_size: Any) -> int:
@@ -373,62 +400,74 @@ def _checked_block_size(name: str, block_size: Any) -> int:
 
 
 def _encode_scaled(
-    value: Array, seed: Array | None, block_size: int, bits: int, signed: bool
+    value: Array, seed: Array | None, block_size: int, grid: _Grid
 ) -> tuple[Array, ...]:
     pattern = lax.bitcast_convert_type(jnp.abs(value), np.int32)
     exponents = _exponents(pattern, block_size)
-    spread = _spread(exponents, value.shape, block_size)
-    if signed:
+    code = _position(pattern, _spread(exponents, value.shape, block_size), grid)
+    parts: tuple[Array, ...] = (exponents,)
+    if grid.is_dithered:
         seed = jnp.zeros((), np.uint32) if seed is None else seed
-        depth = _depth(pattern, spread, _SIGNED[bits]) + _dither(seed, value.shape)
-        code = _code(jnp.round(depth), _SIGNED[bits], 0)
-        return jnp.where(value < 0, -code, code), exponents, seed
-    chance = 0.5 if seed is None else uniform(seed, value.shape)
-    depth = jnp.floor(_depth(pattern, spread, _UNSIGNED[bits]) + chance)
-    code = _code(depth, _UNSIGNED[bits], 1)
-    return jnp.where(value > 0, code, jnp.zeros_like(code)), exponents
+        code, parts = jnp.round(code + _dither(seed, value.shape)), (exponents, seed)
+    else:
+        below = jnp.floor(code)
+        chance = np.float32(0.5) if seed is None else uniform(seed, value.shape)
+        code = jnp.where(code - below > chance, below + 1, below)
+    code = jnp.clip(code, 0 if grid.is_signed else 1, grid.top)
+    return (jnp.sign(value) * code).astype(grid.dtype), *parts
 
 
 def _decode_scaled(
-    parts: tuple[Array, ...], block_size: int, bits: int, signed: bool
+    parts: tuple[Array, ...], block_size: int, grid: _Grid
 ) -> Float[Array, "..."]:
     code, exponents, *seed = parts
     spread = _spread(exponents, code.shape, block_size)
-    grid = (_SIGNED if signed else _UNSIGNED)[bits]
-    depth = grid.top - jnp.abs(code.astype(np.int32)).astype(np.float32)
-    if signed:
-        pattern = _pattern(depth - _dither(seed[0], code.shape), spread, grid)
-        size = jnp.where(pattern < _SMALLEST, 0, pattern)
-    else:
-        size = jnp.maximum(_pattern(depth, spread, grid), _SMALLEST)
-    value = lax.bitcast_convert_type(jnp.where(code == 0, 0, size), np.float32)
-    value = jnp.where(code < 0, -value, value) if signed else value
+    wide = code.astype(np.float32)
+    position = jnp.abs(wide)
+    if grid.is_dithered:
+        position = position - _dither(seed[0], code.shape)
+    value = jnp.sign(wide) * _magnitude(position, spread, grid)
     return jnp.where(spread == _NOT_FINITE, np.float32(np.nan), value)
 
 
-def _depth(pattern: Array, exponent: Array, grid: _Grid) -> Float[Array, "..."]:
-    """How many steps a number lies below the top of its block."""
+def _position(pattern: Array, exponent: Array, grid: _Grid) -> Float[Array, "..."]:
+    """Where a number, given by its bit pattern, lies on the grid of its block: the code
+    that it would have if codes were real."""
     below = _top(exponent) - pattern
     part = (below & (_BINADE - 1)).astype(np.float32) * np.float32(1 / _BINADE)
-    return ((below >> 23).astype(np.float32) + part) * np.float32(grid.steps)
+    binades = (below >> 23).astype(np.float32)
+    position = grid.top - (binades + part) * np.float32(grid.steps)
+    if not grid.is_signed:
+        return position
+    lowest = _lowest(exponent, grid)
+    tail = lax.bitcast_convert_type(pattern, np.float32) / lowest * grid.steps
+    return jnp.where(position < grid.steps, tail, position)
 
 
-def _pattern(depth: Array, exponent: Array, grid: _Grid) -> Int32[Array, "..."]:
-    """The float32 bit pattern of a number that many steps below the top. The powers of
-    two are split off, so that the numbers are the same whatever the top is."""
+def _magnitude(position: Array, exponent: Array, grid: _Grid) -> Float[Array, "..."]:
+    """The number at a position. The powers of two are split off, so that it is the same
+    number whatever the block's largest is."""
+    depth = grid.top - position
     binades = jnp.floor(depth * np.float32(1 / grid.steps))
     part = (depth - binades * np.float32(grid.steps)) * np.float32(_BINADE / grid.steps)
     below = binades.astype(np.int32) * _SMALLEST + jnp.round(part).astype(np.int32)
-    return jnp.minimum(_top(exponent) - below, _LARGEST)
+    pattern = jnp.clip(_top(exponent) - below, _SMALLEST, _LARGEST)
+    value = lax.bitcast_convert_type(pattern, np.float32)
+    if not grid.is_signed:
+        return value
+    tail = position * np.float32(1 / grid.steps) * _lowest(exponent, grid)
+    return jnp.where(position < grid.steps, tail, value)
+
+
+def _lowest(exponent: Array, grid: _Grid) -> Float[Array, "..."]:
+    """The lowest power of two of a signed grid."""
+    pattern = _top(exponent) - (grid.top // grid.steps - 1) * _SMALLEST
+    return lax.bitcast_convert_type(jnp.maximum(pattern, _SMALLEST), np.float32)
 
 
 def _top(exponent: Array) -> Int32[Array, "..."]:
     """The bit pattern of the next power of two above the largest number of a block."""
     return (jnp.minimum(exponent, _NOT_FINITE - 1) + 1) * _SMALLEST
-
-
-def _code(depth: Array, grid: _Grid, smallest: int) -> Array:
-    return jnp.clip(grid.top - depth, smallest, grid.top).astype(grid.dtype)
 
 
 def _dither(seed: Array, shape: tuple[int, ...]) -> Float[Array, "..."]:

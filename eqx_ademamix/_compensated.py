@@ -23,7 +23,9 @@ from ._checks import (
     leaves_with_path,
     no_type_check,
     on_device,
+    paired_leaves,
     path_text,
+    structure,
 )
 from ._codecs import seed_of, uniform
 from ._masks import select
@@ -46,11 +48,13 @@ class CompensatedState(eqx.Module):
         that are trained, `None` at all other leaves.
     - `count`: the number of steps taken, an int32 scalar, on which the random rounding
         of the remainders depends.
+    - `dtypes`: the names of the 16-bit types that the remainders belong to, in order.
     """
 
     inner_state: Any
     remainder: PyTree[Int[Array, "..."] | None]
     count: Int32[Array, ""]
+    dtypes: tuple[str, ...] = eqx.field(static=True)
 
 
 class Compensated(AbstractOptimizer[CompensatedState]):
@@ -73,13 +77,16 @@ class Compensated(AbstractOptimizer[CompensatedState]):
     $$
 
     so nothing is lost (compensated summation, Kahan 1965). The remainder is stored as
-    an integer in units of the last place of $\theta$. Mostly it is at most half of one;
-    where a step makes a parameter much smaller it can be many, since $u_{16}$ has no
-    digits for them. So most integers divide half a unit evenly, and the last ones go up
-    in a geometric series. They are rounded at random such that the mean is exact.
+    an integer in parts of the unit in the last place of $\theta$. Mostly it is at most
+    half of one; where a step changes a parameter by more than its own size it can be
+    many, since $u_{16}$ has no digits for them. So the largest integers stand for ever
+    larger remainders. What lies between two is rounded at random such that the mean is
+    exact.
 
     With `bits=16` a bfloat16 parameter and its remainder have 24 significant bits in
-    four bytes, as float32 has; with `bits=8` they have 16 in three.
+    four bytes, those of float32: but for one step in sixty, whose remainder is close to
+    half a unit, they are the float32 parameter bit for bit. With `bits=8` they have 16
+    in three bytes.
 
     Parameters of other types are passed on as they are.
 
@@ -131,19 +138,20 @@ class Compensated(AbstractOptimizer[CompensatedState]):
                 f"`optim` is {describe(optim)}, but an optimizer with the methods "
                 "`init` and `update` was expected, of this package or of optax."
             )
-        if isinstance(bits, bool) or bits not in (8, 16):
+        if type(bits) is not int or bits not in (8, 16):
             raise ValueError(f"`bits` is {describe(bits)}, but 8 or 16 was expected.")
         self.optim = optim
-        self.bits = int(bits)
+        self.bits = bits
 
     @no_type_check
     def init(self, params: PyTree[Any]) -> CompensatedState:
         """See [`eqx_ademamix.init`][]."""
         arrays = select(True, params, "params")
-        wide = jax.tree.map(_wide, arrays)
+        wide = self._whole(jax.tree.map(_wide, arrays), params)
         inner_state = self.optim.init(wide)
         # Which leaves are trained only the optimizer knows.
-        updates, _ = eqx.filter_eval_shape(self.optim.update, wide, inner_state, wide)
+        grads = eqx.filter(wide, eqx.is_inexact_array)
+        updates, _ = eqx.filter_eval_shape(self.optim.update, grads, inner_state, wide)
         dtype = np.dtype(f"int{self.bits}")
 
         def remainder(p: Any, u: Any) -> Any:
@@ -151,10 +159,12 @@ class Compensated(AbstractOptimizer[CompensatedState]):
                 return None
             return jnp.zeros_like(p, dtype=dtype)
 
+        remainders = jax.tree.map(remainder, arrays, updates, is_leaf=is_entry)
         return CompensatedState(
             inner_state=inner_state,
-            remainder=jax.tree.map(remainder, arrays, updates, is_leaf=is_entry),
+            remainder=remainders,
             count=jnp.zeros((), jnp.int32),
+            dtypes=_dtypes(arrays, remainders),
         )
 
     @no_type_check
@@ -167,14 +177,19 @@ class Compensated(AbstractOptimizer[CompensatedState]):
         """See [`eqx_ademamix.update`][]."""
         state = on_device(state)
         p = self._checked(grads, state, params)
-        g = jax.tree.map(_wide, as_gradients(grads))
+        g = as_gradients(grads)
+        check_against_state("grads", g, state.remainder, keep_extra=True)
         wide = _master(p, state.remainder)
-        updates, inner_state = self.optim.update(g, state.inner_state, wide)
+        updates, inner_state = self.optim.update(
+            jax.tree.map(_wide, g), state.inner_state, self._whole(wide, params)
+        )
+        _check_no_other(p, updates, state.remainder)
         updates, remainder = _split(updates, wide, p, state.remainder, state.count)
         return updates, CompensatedState(
             inner_state=inner_state,
             remainder=remainder,
             count=next_count(state.count),
+            dtypes=state.dtypes,
         )
 
     @no_type_check
@@ -214,28 +229,57 @@ class Compensated(AbstractOptimizer[CompensatedState]):
         check_counter("count", state.count)
         p = select(True, params, "params")
         check_against_state("params", p, state.remainder, keep_extra=True)
-        for (path, x), (_, r) in zip(
-            leaves_with_path(p), leaves_with_path(state.remainder), strict=True
-        ):
-            _check_remainder(path, x, r, self.bits)
+        if structure(p) != structure(state.remainder):
+            raise ValueError(
+                f"state.remainder is {describe(state.remainder)}, but it has the "
+                "structure of the parameters. Pass on the state as `init` of this "
+                "optimizer or the last `update` returned it."
+            )
+        _check_remainders(p, state, self.bits)
         return p
 
+    def _whole(self, arrays: Any, params: Any) -> Any:
+        """What the wrapped optimizer gets: ours the whole model, optax the arrays."""
+        is_ours = isinstance(self.optim, AbstractOptimizer)
+        return eqx.combine(arrays, params) if is_ours else arrays
 
-def _check_remainder(path: Any, x: Any, remainder: Any, bits: int) -> None:
-    if remainder is None:
-        return
-    if not _is_16_bit(x):
-        raise ValueError(
-            f"params{path_text(path)} has dtype {x.dtype}, but the state keeps a "
-            "remainder for it, as it does for 16-bit parameters. Cast the model before "
-            "`init`, not after it."
-        )
-    if remainder.dtype != np.dtype(f"int{bits}"):
-        raise ValueError(
-            f"state.remainder{path_text(path)} has dtype {remainder.dtype}, but "
-            f"int{bits} was expected at `bits={bits}`. Pass on the state as `init` of "
-            "this optimizer or the last `update` returned it."
-        )
+
+def _check_remainders(params: Any, state: CompensatedState, bits: int) -> None:
+    dtypes = iter(state.dtypes)
+    for path, x, r in paired_leaves(params, state.remainder):
+        if r is None:
+            continue
+        expected = next(dtypes, None)
+        if str(x.dtype) != expected:
+            raise ValueError(
+                f"params{path_text(path)} has dtype {x.dtype}, but the state keeps a "
+                f"remainder for {expected} there. Cast the model before `init`, not "
+                "after it."
+            )
+        if r.dtype != np.dtype(f"int{bits}"):
+            raise ValueError(
+                f"state.remainder{path_text(path)} has dtype {r.dtype}, but int{bits} "
+                f"was expected at `bits={bits}`. Pass on the state as `init` of this "
+                "optimizer or the last `update` returned it."
+            )
+
+
+def _check_no_other(params: Any, updates: Any, remainder: Any) -> None:
+    """That no 16-bit parameter is trained without a remainder."""
+    found = zip(leaves_with_path(params), leaves_with_path(updates), strict=True)
+    for ((path, x), (_, u)), (_, r) in zip(
+        found, leaves_with_path(remainder), strict=True
+    ):
+        if r is None and u is not None and _is_16_bit(x):
+            raise ValueError(
+                f"params{path_text(path)} has dtype {x.dtype}, but the state keeps no "
+                "remainder for it. Cast the model before `init`, not after it."
+            )
+
+
+def _dtypes(params: Any, remainder: Any) -> tuple[str, ...]:
+    pairs = paired_leaves(params, remainder)
+    return tuple(str(x.dtype) for _, x, r in pairs if r is not None)
 
 
 def _is_16_bit(x: Any) -> bool:
@@ -243,7 +287,8 @@ def _is_16_bit(x: Any) -> bool:
 
 
 def _wide(x: Array) -> Array:
-    return x.astype(np.float32) if _is_16_bit(x) else x
+    # Rounded, since XLA may have put off the rounding of a sum that `x` is.
+    return _in_precision_of(x, x.astype(np.float32)) if _is_16_bit(x) else x
 
 
 @jaxtyped(typechecker=beartype)
@@ -302,35 +347,61 @@ def _in_precision_of(p: Array, x: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 class _Codes(NamedTuple):
-    """The integers up to `even` divide half a unit in the last place evenly; above them
-    there are `steps` from each power of two to the next."""
+    """What the integers mean, in parts of a unit in the last place: up to `single` one
+    part each, up to `fourfold` four parts more each, and above that there are `steps`
+    to each doubling."""
 
-    even: int
+    parts: int
+    single: int
+    fourfold: int
     steps: int
     top: int
 
+    @property
+    def largest(self) -> int:
+        """The number of parts that the code `fourfold` stands for."""
+        return self.single + 4 * (self.fourfold - self.single)
 
-_CODES = {1: _Codes(119, 1, 127), 2: _Codes(32256, 21, 32767)}
+
+_CODES = {
+    1: _Codes(2**8, 112, 120, 1, 127),
+    2: _Codes(2**16, 32256, 32512, 10, 32767),
+}
 
 
 def _encode(rest: Array, after: Array, p: Array, r: Array, key: Any) -> Array:
     codes, chance = _CODES[r.dtype.itemsize], uniform(seed_of(key), p.shape)
-    size = 2 * jnp.abs(rest) / _last_place(after, p.dtype)
-    above = codes.even + codes.steps * jnp.log2(jnp.maximum(size, 1))
-    code = jnp.floor(jnp.where(size <= 1, codes.even * size, above) + chance)
+    parts = jnp.abs(rest) / _last_place(after, p.dtype) * codes.parts
+    position = _position(parts, codes)
+    below = jnp.floor(position)
+    code = jnp.where(position - below > chance, below + 1, below)
     code = jnp.where(jnp.isfinite(rest), jnp.minimum(code, codes.top), 0)
-    code = jnp.where(rest < 0, -code, code).astype(r.dtype)
+    code = (jnp.sign(rest) * code).astype(r.dtype)
     return jnp.where(after == 0, _encode_at_zero(rest, r, chance), code)
 
 
 def _decode(r: Array, p: Array) -> Float[Array, "..."]:
-    codes, code = _CODES[r.dtype.itemsize], r.astype(np.float32)
-    size = jnp.abs(code)
-    above = jnp.exp2((size - codes.even) / codes.steps)
-    size = jnp.where(size <= codes.even, size / codes.even, above) / 2
-    wide = _wide(p)
-    rest = jnp.sign(code) * size * _last_place(wide, p.dtype)
+    codes, code, wide = _CODES[r.dtype.itemsize], r.astype(np.float32), _wide(p)
+    parts = jnp.sign(code) * _parts(jnp.abs(code), codes)
+    rest = parts / codes.parts * _last_place(wide, p.dtype)
     return jnp.where(wide == 0, _decode_at_zero(r), rest)
+
+
+def _position(parts: Array, codes: _Codes) -> Array:
+    """The code of a number of parts, if codes were real."""
+    fourfold = codes.single + (parts - codes.single) / 4
+    doubled = jnp.log2(jnp.maximum(parts, codes.largest) / codes.largest)
+    above = codes.fourfold + codes.steps * doubled
+    position = jnp.where(parts <= codes.single, parts, fourfold)
+    return jnp.where(parts <= codes.largest, position, above)
+
+
+def _parts(position: Any, codes: _Codes) -> Any:
+    """The inverse of `_position`."""
+    fourfold = codes.single + 4 * (position - codes.single)
+    above = codes.largest * jnp.exp2((position - codes.fourfold) / codes.steps)
+    parts = jnp.where(position <= codes.single, position, fourfold)
+    return jnp.where(position <= codes.fourfold, parts, above)
 
 
 def _last_place(x: Array, dtype: Any) -> Float[Array, "..."]:

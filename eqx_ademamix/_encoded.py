@@ -25,7 +25,7 @@ class Encoded(eqx.Module):
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the moment."""
-        return self.real[0].shape
+        return getattr(self.real[0] if self.real else None, "shape", ())
 
     @property
     def dtype(self) -> np.dtype[Any]:

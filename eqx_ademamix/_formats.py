@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array
 
@@ -83,7 +84,7 @@ class StateFormat(eqx.Module):
         self.m1 = _signed_storage("m1", m1)
         self.m2 = _signed_storage("m2", m2)
         is_codec = isinstance(nu, AbstractCodec)
-        self.nu = nu.for_squares() if is_codec else _storage("nu", nu)
+        self.nu = _storage("nu", nu.for_squares() if is_codec else nu)
         is_integer = isinstance(min_size, int | np.integer)
         if not is_integer or isinstance(min_size, bool) or min_size < 0:
             raise ValueError(
@@ -145,8 +146,25 @@ def _signed_storage(name: str, value: Any) -> Any:
 
 def _storage(name: str, value: Any) -> Any:
     if isinstance(value, AbstractCodec):
-        return value
+        return _checked_codec(name, value)
     return storable(f"StateFormat({name}=...)", value)
+
+
+def _checked_codec(name: str, codec: AbstractCodec) -> AbstractCodec:
+    if jtu.tree_leaves(codec) or not _is_hashable(codec):
+        raise ValueError(
+            f"`StateFormat({name}=...)` is {describe(codec)} with fields that are not "
+            "static. Declare them as `eqx.field(static=True)`, and make no array one."
+        )
+    return codec
+
+
+def _is_hashable(codec: AbstractCodec) -> bool:
+    try:
+        hash(jtu.tree_structure(codec))
+    except TypeError:
+        return False
+    return True
 
 
 def storable(name: str, value: Any) -> np.dtype[Any]:
@@ -245,7 +263,7 @@ def check_stored(
             continue
         found = [leaf for _, leaf in leaves]
         params = [x] if exact else _precisions(x)
-        differences = [_difference(found, storage(fmt, p)) for p in params]
+        differences = [_difference(found, p, storage(fmt, p)) for p in params]
         if all(differences):
             name, kind, wanted = differences[0]
             raise ValueError(
@@ -261,25 +279,37 @@ def _precisions(x: Array) -> list[Any]:
     return [jax.ShapeDtypeStruct(x.shape, dtype) for dtype in dtypes]
 
 
-def _difference(found: list[Any], expected: Storage) -> tuple[str, str, str] | None:
+def _difference(
+    found: list[Any], param: Any, expected: Storage
+) -> tuple[str, str, str] | None:
     """The name of the first moment that is stored otherwise than expected, how it is
     stored, and how it should be."""
+    is_complex = bool(jnp.issubdtype(param.dtype, jnp.complexfloating))
     for name, moment, kind in zip(Storage._fields, found, expected, strict=True):
-        if moment is not None and _kind_text(moment) != str(kind):
-            return name, _kind_text(moment), str(kind)
+        text = _kind_text(moment, is_complex and name != "nu")
+        if moment is not None and text != str(kind):
+            return name, text, str(kind)
     return None
 
 
-def _kind_text(moment: Any) -> str:
+def _kind_text(moment: Any, is_complex: bool) -> str:
+    """How a moment is stored; with its arrays if they are not what they should be."""
     if not isinstance(moment, Encoded):
-        return str(moment.dtype)
-    for parts in (moment.real, moment.imag or moment.real):
-        types = [(x.shape, x.dtype) for x in parts]
-        wanted = [(x.shape, x.dtype) for x in part_structs(moment.codec, moment.shape)]
-        if types != wanted:
-            text = ", ".join(f"{dtype}{list(shape)}" for shape, dtype in types)
-            return f"{moment.codec} with the arrays {text}"
-    return str(moment.codec)
+        return str(getattr(moment, "dtype", None))
+    text = str(moment.codec)
+    if not isinstance(moment.codec, AbstractCodec):
+        return text
+    arrays = _types(moment.real) + _types(moment.imag or ())
+    wanted = _types(part_structs(moment.codec, moment.shape))
+    if arrays == wanted * (1 + is_complex):
+        return text
+    return f"{text} with the arrays {', '.join(arrays)}"
+
+
+def _types(arrays: Any) -> list[str]:
+    shapes = [list(getattr(x, "shape", "")) for x in arrays]
+    dtypes = [getattr(x, "dtype", None) for x in arrays]
+    return [f"{dtype}{shape}" for dtype, shape in zip(dtypes, shapes, strict=True)]
 
 
 def decode(moment: Any) -> Any:

@@ -13,7 +13,14 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, PyTree
 
-from ._checks import check_against_state, is_entry, no_type_check, on_device
+from ._checks import (
+    check_against_state,
+    is_entry,
+    leaves_with_path,
+    no_type_check,
+    on_device,
+)
+from ._encoded import is_encoded
 from ._formats import cast, complex_dtype, compute_dtype, rounded
 from ._hyperparams import (
     HyperParamLike,
@@ -191,6 +198,7 @@ def tree_update_moment(
         assert (m == 0.25).all()
         ```
     """
+    _check_dense("moments", moments)
     updates, moments = on_device(updates), on_device(moments)
     check_against_state("updates", updates, moments, other="`moments`")
     complement, n = decay_complement("decay", decay), _order(order)
@@ -237,6 +245,7 @@ def tree_update_moment_per_elem_norm(
         assert nu == 25.0
         ```
     """
+    _check_dense("moments", moments)
     updates, moments = on_device(updates), on_device(moments)
     check_against_state(
         "updates", updates, moments, other="`moments`", complex_too=False
@@ -279,6 +288,7 @@ def tree_bias_correction(
         assert abs(m - 1.0) < 1e-6
         ```
     """
+    _check_dense("moment", moment)
     check_real_scalar("count", count)
     t = wide(count)
     factor = bias_factor(decay_complement("decay", decay), jnp.maximum(t, 1.0))
@@ -304,6 +314,16 @@ def _tree_average(
         return rounded(new, m.dtype)
 
     return jax.tree.map(average, updates, moments, is_leaf=is_entry)
+
+
+def _check_dense(name: str, tree: Any) -> None:
+    encoded = [x for _, x in leaves_with_path(tree) if is_encoded(x)]
+    if encoded:
+        kind = type(encoded[0].codec).__name__
+        raise TypeError(
+            f"`{name}` has {kind} moments, but this function takes arrays. Pass "
+            "those of `eqx_ademamix.decoded(state)`."
+        )
 
 
 def _order(order: Any) -> int | float:

@@ -25,9 +25,9 @@ from .helpers import x64
 SIGNED: tuple[AbstractCodec, ...] = (ScaledFloat8(), ScaledFloat16(), SplitBfloat16())
 SQUARES = (ScaledFloat8().for_squares(), ScaledFloat16().for_squares())
 ALL = SIGNED + SQUARES
-# The largest relative error of an entry of at least 2^-24 of its block's largest, and
+# The largest relative error of an entry of at least 2^-23 of its block's largest, and
 # the largest factor by which a square is underestimated.
-BOUNDS = {"ScaledFloat8": 1 / 10, "ScaledFloat16": 1 / 2620, "SplitBfloat16": 2.0**-15}
+BOUNDS = {"ScaledFloat8": 1 / 5, "ScaledFloat16": 1 / 2520, "SplitBfloat16": 2.0**-15}
 FACTORS = {"ScaledFloat8": 7 / 6, "ScaledFloat16": 1 + 1 / 1024}
 SHAPES = (
     (),
@@ -81,13 +81,14 @@ def in_wide_blocks(x: np.ndarray, block: int) -> np.ndarray:
 def test_the_error_of_an_entry(codec: AbstractCodec, key: Any, scale: float):
     x = draw((16, 1024), decades=6) * np.float32(scale)
     y = round_trip(codec, x, key)
-    kept = np.abs(x) >= 2.0**-24 * in_wide_blocks(x, 256)
+    kept = np.abs(x) >= 2.0**-23 * in_wide_blocks(x, 256)
     error = np.abs(y - x) / np.abs(np.float64(x))
     assert kept.mean() > 0.98
     assert error[kept].max() <= BOUNDS[name_of(codec)] * (1 + 1e-2)
     assert np.all(np.isfinite(y))
-    # Below that an entry may vanish, but not grow beyond what is kept.
-    assert np.all(np.abs(y[~kept]) <= 2.0**-23 * in_wide_blocks(x, 256)[~kept])
+    # Below that an entry has the absolute error of one that is kept.
+    least = BOUNDS[name_of(codec)] * 2.0**-22 * in_wide_blocks(x, 256)
+    assert np.all(np.abs(y - x)[~kept] <= least[~kept])
 
 
 def test_two_bytes_keep_eleven_bits():
@@ -188,10 +189,11 @@ def test_the_mean_over_keys_is_exact(codec: AbstractCodec):
     deviation = np.mean(np.float64(y) / np.asarray(x) - 1, axis=0)
     noise = np.std(np.float64(y) / np.asarray(x), axis=0) / np.sqrt(4096)
     # At a power of two, where the steps double, a dithered mean is off by 1/16 step.
-    steps = {"ScaledFloat8": 5, "ScaledFloat16": 1310}.get(name_of(codec), np.inf)
-    bend = 0 if codec in SQUARES else 1 / (16 * steps)
-    assert np.all(np.abs(deviation) <= 5 * noise + bend)
-    assert np.abs(np.mean(deviation)) <= 5 * np.mean(noise) / 16 + bend / 8
+    bend = 1 / (16 * 1260) if codec == ScaledFloat16() else 0
+    # And float32 knows the place of a number on the grid to 1/200 step.
+    rounding = 1 / (200 * 1024)
+    assert np.all(np.abs(deviation) <= 5 * noise + bend + rounding)
+    assert np.abs(np.mean(deviation)) <= 5 * np.mean(noise) / 16 + bend / 8 + rounding
 
 
 @pytest.mark.parametrize("codec", ALL, ids=repr)
@@ -257,12 +259,15 @@ def test_squares_of_a_codec_for_two_signs():
 #
 
 
-def protocol(codec: AbstractCodec) -> tuple[float, float]:
+def protocol(codec: AbstractCodec, decades: float | None) -> tuple[float, float]:
     """The relative error and the cosine of `m2` after 40 000 steps at b3 = 0.9999, in
-    which the mean gradient turns round half-way."""
+    which the mean gradient turns round half-way. The scales of the gradients are
+    log-normal, or spread evenly over some decades."""
     size, steps, b3 = 4096, 40_000, 0.9999
     keys = jax.random.split(jax.random.key(0), 3)
     sigma = jnp.exp(jax.random.normal(keys[0], (size,), jnp.float32))
+    if decades is not None:
+        sigma = 10 ** (-decades * jax.random.uniform(keys[0], (size,), jnp.float32))
     mean = 0.05 * sigma * jax.random.normal(keys[1], (size,), jnp.float32)
     step_of = lambda m, g: m + (1 - b3) * (g - m)
 
@@ -284,13 +289,19 @@ def protocol(codec: AbstractCodec) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize(
-    "codec,error,cosine",
-    ((ScaledFloat16(), 0.015, 0.9998), (SplitBfloat16(), 1e-3, 0.999999)),
-    ids=("ScaledFloat16", "SplitBfloat16"),
+    "codec,decades,error,cosine",
+    (
+        (ScaledFloat16(), None, 0.015, 0.9998),
+        (ScaledFloat16(), 6.0, 0.015, 0.9998),
+        (SplitBfloat16(), None, 1e-3, 0.999999),
+    ),
+    ids=("ScaledFloat16", "six decades", "SplitBfloat16"),
 )
-def test_the_slow_average_over_a_run(codec: AbstractCodec, error: float, cosine: float):
+def test_the_slow_average_over_a_run(
+    codec: AbstractCodec, decades: float | None, error: float, cosine: float
+):
     with x64():
-        found = protocol(codec)
+        found = protocol(codec, decades)
     assert found[0] <= error and found[1] >= cosine
 
 
@@ -345,6 +356,39 @@ def test_one_byte_moments_over_a_run():
             assert 0.9 <= np.median(a) / np.median(b) <= 1.1
             assert 0.9 <= np.median(a / b) <= 1.1
     assert found.max() <= 3 * exact.max()
+
+
+@pytest.mark.parametrize("b1", (0.9, 0.99, 0.999, 0.9999))
+def test_the_errors_of_one_byte_do_not_add_up(b1: float):
+    """Not without end, whatever the decay is."""
+    keys = jax.random.split(jax.random.key(0), 20_000)
+
+    def step(carry: Any, key: Any) -> Any:
+        stored, exact = carry
+        g = jax.random.normal(key, (512,))
+        m1 = ScaledFloat8().decode(stored)
+        stored = ScaledFloat8().encode(m1 + (1 - b1) * (g - m1), key)
+        return (stored, exact + (1 - b1) * (g - exact)), None
+
+    start = ScaledFloat8().zeros(jnp.zeros(512)), jnp.zeros(512)
+    (stored, exact), _ = jax.jit(lambda: jax.lax.scan(step, start, keys))()
+    m1 = ScaledFloat8().decode(stored)
+    assert np.std(m1) <= {0.9: 1.1, 0.99: 1.5, 0.999: 2.5, 0.9999: 6}[b1] * np.std(
+        exact
+    )
+
+
+def test_a_slow_average_leaves_zero():
+    """Also where a step is less than the block's largest entry by many orders."""
+    codec, size = ScaledFloat16(), np.float32([1.0, 1e-4, 1e-5, 1e-6, 1e-7])
+    step = lambda m, t: codec.encode(0.9999 * codec.decode(m) + 1e-4 * size, (t, 0))
+    run = jax.jit(
+        lambda m: jax.lax.scan(lambda m, t: (step(m, t), None), m, jnp.arange(10_000))
+    )
+    end, _ = run(codec.encode(jnp.float32([1, 0, 0, 0, 0])))
+    left = np.asarray(codec.decode(end)) / size
+    np.testing.assert_allclose(left[0], 1, rtol=0.05)
+    np.testing.assert_allclose(left[1:], 1 - 0.9999**10_000, rtol=0.1)
 
 
 #

@@ -107,12 +107,15 @@ def test_nothing_is_lost_in_a_step(dtype: str, bits: int, jit: bool):
     nearest = np.asarray(jnp.asarray(wanted, jnp.float32).astype(dtype) == after)
     assert np.all(nearest[np.abs(steps) < 0.1 * np.abs(np.float32(params))])
     significant = (8 if dtype == "bfloat16" else 11) + bits
-    bound = 1.1 * 2.0 ** (1 - min(significant, 24))
-    assert np.max(error[nearest] / np.abs(wanted[nearest])) <= bound
+    bound = 2.0 ** (1 - min(significant, 24))
+    relative = error[nearest] / np.abs(wanted[nearest])
+    # Near half a unit in the last place the codes are four times as far apart.
+    assert np.quantile(relative, 0.98 if bits == 16 else 0.85) <= bound
+    assert np.max(relative) <= 4.1 * bound
     # After a large step it may not be the nearest: a part of the rest is kept, not all.
     rest = np.abs(wanted - np.float64(after))[~nearest]
     assert 100 < len(rest) < 2000
-    assert np.max(error[~nearest] / rest) <= (0.04 if bits == 16 else 1.0)
+    assert np.max(error[~nearest] / rest) <= (0.08 if bits == 16 else 3.0)
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -151,7 +154,7 @@ def test_small_float16_numbers():
     master = np.float64(optim.master_params(jnp.asarray(after), state))
     is_zero = after == 0
     error = np.abs(master - wanted)
-    assert np.max(error[~is_zero]) <= 2.0**-24 * 2.0**-16
+    assert np.max(error[~is_zero]) <= 2.0**-24 * 2.0**-14
     assert np.max(error[is_zero] / np.abs(wanted[is_zero])) <= 2.0**-7
 
 
@@ -202,6 +205,53 @@ def test_ten_thousand_small_steps(inner: Any, dtype: str):
     optim = Compensated(inner, bits=8)
     params, state = run(optim, start, grads, 10_000)
     np.testing.assert_allclose(optim.master_params(params, state), exact, rtol=5e-3)
+
+
+def test_with_sixteen_bits_it_is_float32():
+    """Bit for bit, but for the few remainders that are close to half a unit."""
+    start = jnp.asarray(numbers(4096, -1, 0), jnp.bfloat16)
+    grads = jnp.asarray(numbers(4096, -1, 0, seed=1), jnp.bfloat16)
+    inner = optax.sgd(1e-5)
+    exact, _ = run(inner, start.astype(jnp.float32), grads.astype(jnp.float32), 10_000)
+    params, state = run(Compensated(inner), start, grads, 10_000)
+    master = np.asarray(Compensated(inner).master_params(params, state))
+    error = np.abs(master - np.asarray(exact))
+    scale = np.maximum(np.abs(exact), 0.1 * np.abs(np.float32(start)))
+    assert np.max(error / scale) < 5e-5 and np.mean(error == 0) > 0.1
+
+
+@pytest.mark.parametrize("inner", ("AdEMAMix", "chain"))
+def test_several_steps_in_one_program(inner: str):
+    """XLA may put off the rounding between two steps that it compiles together."""
+    optim = Compensated(INNER[inner])
+    start = jnp.zeros(65_536, jnp.bfloat16)
+
+    def step(params: Any, state: Any, key: Any) -> Any:
+        noise = 1e-2 * jax.random.normal(key, params.shape)
+        grads = 2 * (params.astype(jnp.float32) - noise)
+        updates, state = optim.update(grads, state, params)
+        return eqx.apply_updates(params, updates), state
+
+    def four(params: Any, state: Any, key: Any) -> Any:
+        for i in range(4):
+            params, state = step(params, state, jax.random.fold_in(key, i))
+        return params, state
+
+    params, state = start, optim.init(start)
+    jitted = jax.jit(four)
+    for t in range(20):
+        params, state = jitted(params, state, jax.random.key(t))
+    one, one_state = start, optim.init(start)
+    single = jax.jit(step)
+    for t in range(20):
+        for i in range(4):
+            key = jax.random.fold_in(jax.random.key(t), i)
+            one, one_state = single(one, one_state, key)
+    master = optim.master_params(params, state)
+    assert np.max(np.abs(master)) < 0.2
+    wanted = optim.master_params(one, one_state)
+    assert np.mean(np.abs(master - wanted) <= 1e-4) > 0.999
+    assert np.max(np.abs(master - wanted)) < 1e-2
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -14,8 +14,12 @@ import pytest
 
 import eqx_ademamix
 from eqx_ademamix import (
+    AbstractCodec,
     AdEMAMix,
     AdEMAMixState,
+    Compensated,
+    ScaledFloat8,
+    ScaledFloat16,
     StateFormat,
     decay_mask,
     hyperparams,
@@ -37,6 +41,52 @@ DEEPER = eqx.nn.MLP(3, 2, 4, 3, key=jax.random.key(1))
 W0 = lambda tree: tree.layers[0].weight
 B2 = lambda tree: tree.layers[2].bias
 is_none = lambda x: x is None
+
+COMPACT = AdEMAMix(
+    1e-3,
+    state_format=StateFormat(
+        m1=ScaledFloat8(), m2=ScaledFloat16(), nu=ScaledFloat8(), min_size=0
+    ),
+)
+COMPACT_STATE = init(COMPACT, MODEL)
+
+
+class Leafy(AbstractCodec):
+    gain: Any
+
+    def encode_real(self, value: Any, seed: Any) -> Any:
+        return value
+
+    def decode_real(self, parts: Any) -> Any:
+        return parts
+
+    def for_squares(self) -> Any:
+        return self
+
+
+class Frozen(AbstractCodec):
+    gain: Any = eqx.field(static=True)
+
+    def encode_real(self, value: Any, seed: Any) -> Any:
+        return value
+
+    def decode_real(self, parts: Any) -> Any:
+        return parts
+
+    def for_squares(self) -> Any:
+        return self
+
+
+def half(model: Any, dtype: Any = jnp.bfloat16) -> Any:
+    arrays, rest = eqx.partition(model, eqx.is_inexact_array)
+    return eqx.combine(eqx_ademamix.tree_cast(arrays, dtype), rest)
+
+
+MODEL16, GRADS16 = half(MODEL), half(GRADS)
+COMPENSATED = Compensated(OPTIM)
+STATE16 = init(COMPENSATED, MODEL16)
+SGD = Compensated(optax.sgd(1e-3))
+SGD_STATE = init(SGD, MODEL16)
 
 
 def put(tree: Any, where: Any, value: Any) -> Any:
@@ -218,6 +268,47 @@ CASES = (
     ("format", make(1e-3, state_format=jnp.float32), "`state_format` is .*, but a `StateFormat` was expected"),
     ("format of integers", lambda: StateFormat(jnp.int8, jnp.float32, jnp.float32), r"`StateFormat\(m1=...\)` is .*, but one of the dtypes float16, bfloat16"),
     ("format of nothing", lambda: StateFormat(None, None, None), r"`StateFormat\(m1=...\)` is None"),
+    ("codec class", lambda: StateFormat(ScaledFloat8, ScaledFloat16, ScaledFloat8), r"`StateFormat\(m1=...\)` is the class `ScaledFloat8`, but one of the dtypes"),
+    ("codec without sign", lambda: StateFormat(jnp.float32, ScaledFloat16(signed=False), jnp.float32), r"`StateFormat\(m2=...\)` is ScaledFloat16\(.*\), which has no negative numbers. Leave out `signed=False`"),
+    ("min_size a bool", lambda: StateFormat(jnp.float32, jnp.float32, jnp.float32, min_size=True), "`min_size` is the bool True, but an integer >= 0 was expected"),
+    ("min_size negative", lambda: StateFormat(jnp.float32, jnp.float32, jnp.float32, min_size=-1), "`min_size` is the int -1, but an integer >= 0"),
+    ("block_size 0", lambda: ScaledFloat16(0), r"`ScaledFloat16\(block_size=...\)` is the int 0, but a positive integer was expected"),
+    ("block_size a float", lambda: ScaledFloat8(256.0), r"`ScaledFloat8\(block_size=...\)` is the float 256.0, but a positive integer"),
+    ("encoded, but float32 expected", lambda: update(OPTIM, GRADS, COMPACT_STATE, MODEL), r"state\.m1\.layers\[0\]\.weight is stored as ScaledFloat8\(.*\), but float32 was expected for this parameter and `state_format`"),
+    ("float32, but encoded expected", lambda: update(COMPACT, GRADS, STATE), r"state\.m1\.layers\[0\]\.weight is stored as float32, but ScaledFloat8\(block_size=256, signed=True\) was expected"),
+    ("another codec", lambda: update(COMPACT, GRADS, put(COMPACT_STATE, lambda s: B2(s.nu), ScaledFloat8().zeros(jnp.ones(2))), MODEL), r"state\.nu\.layers\[2\]\.bias is stored as ScaledFloat8\(block_size=256, signed=True\), but ScaledFloat8\(block_size=256, signed=False\) was"),
+    ("codes of another dtype", lambda: update(COMPACT, GRADS, put(COMPACT_STATE, lambda s: B2(s.m2).real[0], jnp.zeros(2, jnp.int8)), MODEL), r"state\.m2\.layers\[2\]\.bias is stored as ScaledFloat16\(.*\) with the arrays int8\[2\], uint8\[1\], uint32\[\], but"),
+    ("codes of another shape", lambda: update(COMPACT, GRADS, put(COMPACT_STATE, lambda s: B2(s.m2).real[0], jnp.zeros(3, jnp.int16)), MODEL), r"state\.m2\.layers\[2\]\.bias is a ScaledFloat16 moment of shape \(3,\), but state\.nu has a ScaledFloat8 moment of shape \(2,\)"),
+    ("an imaginary part more", lambda: update(COMPACT, GRADS, eqx.tree_at(lambda s: W0(s.m1).imag, COMPACT_STATE, W0(COMPACT_STATE.m1).real, is_leaf=is_none), MODEL), r"state\.m1\.layers\[0\]\.weight is stored as ScaledFloat8\(.*\) with the arrays int8\[4, 3\], uint8\[1\], int8\[4, 3\], uint8\[1\], but"),
+    ("a part lost", lambda: update(COMPACT, GRADS, put(COMPACT_STATE, lambda s: W0(s.m1).real[1], None), MODEL), r"state\.m1\.layers\[0\]\.weight is stored as ScaledFloat8\(.*\) with the arrays int8\[4, 3\], None\[\], but"),
+    ("all parts lost", lambda: update(COMPACT, GRADS, put(COMPACT_STATE, lambda s: W0(s.m1).real, ()), MODEL), r"state\.m1\.layers\[0\]\.weight is a ScaledFloat8 moment of shape \(\), but state\.m2"),
+    ("codec with a leaf", lambda: StateFormat(Leafy(2.0), jnp.float32, jnp.float32), r"`StateFormat\(m1=...\)` is a `Leafy` with fields that are not static"),
+    ("codec with an array", lambda: StateFormat(jnp.float32, jnp.float32, Frozen([1.0])), r"`StateFormat\(nu=...\)` is a `Frozen` with fields that are not static"),
+    ("codec without a tuple", lambda: init(AdEMAMix(1, state_format=StateFormat(Frozen(1), jnp.float32, jnp.float32, min_size=0)), MODEL), r"`Frozen.encode_real` returned .* for an array of shape \(4, 3\), but a tuple was expected"),
+    ("encoded, of another model", lambda: update(COMPACT, GRADS, init(COMPACT, SWAPPED), MODEL), r"params\.layers\[0\]\.weight " + SHAPE.format("4, 3", "5, 3")),
+    ("encoded moments on trees", lambda: eqx_ademamix.tree_update_moment(GRADS, COMPACT_STATE.m1, 0.9, 1), "`moments` has ScaledFloat8 moments, but this function takes arrays"),
+    ("encoded moments to correct", lambda: eqx_ademamix.tree_bias_correction(COMPACT_STATE.m1, 0.9, 1), "`moment` has ScaledFloat8 moments, but this function takes arrays"),
+    ("report of a model", lambda: eqx_ademamix.state_report(MODEL), "`state` is a `MLP` with no states of AdEMAMix in it, but one was expected"),
+    # Compensated
+    ("no optimizer", lambda: Compensated(1e-3), "`optim` is the float 0.001, but an optimizer with the methods `init` and `update`"),
+    ("an optimizer's class", lambda: Compensated(AdEMAMix), "`optim` is the class `AdEMAMix`, but an optimizer"),
+    ("bits", lambda: Compensated(OPTIM, bits=12), "`bits` is the int 12, but 8 or 16 was expected"),
+    ("no params", lambda: update(COMPENSATED, GRADS16, STATE16), "`params` is missing, but `Compensated` needs the parameters"),
+    ("cast since", lambda: update(COMPENSATED, GRADS16, STATE16, MODEL), r"params\.layers\[0\]\.weight has dtype float32, but the state keeps a remainder for bfloat16 there"),
+    ("cast since, to another 16 bits", lambda: update(COMPENSATED, GRADS16, STATE16, half(MODEL, jnp.float16)), r"params\.layers\[0\]\.weight has dtype float16, but the state keeps a remainder for bfloat16 there"),
+    ("cast since, from float32", lambda: update(COMPENSATED, GRADS16, init(COMPENSATED, MODEL), MODEL16), r"params\.layers\[0\]\.weight has dtype bfloat16, but the state keeps no remainder for it"),
+    ("no remainders", lambda: update(COMPENSATED, GRADS16, put(STATE16, lambda s: s.remainder, None), MODEL16), "state.remainder is None, but it has the structure of the parameters"),
+    ("gradients that broadcast, optax", lambda: update(SGD, put(GRADS16, W0, jnp.ones(3)), SGD_STATE, MODEL16), r"grads\.layers\[0\]\.weight has shape \(3,\), but the optimizer state has \(4, 3\)"),
+    ("complex gradients, optax", lambda: update(SGD, put(GRADS16, W0, jnp.ones((4, 3), complex)), SGD_STATE, MODEL16), r"grads\.layers\[0\]\.weight has dtype complex64, but the optimizer state is for a real"),
+    ("no gradient, optax", lambda: update(SGD, put(GRADS16, W0, None), SGD_STATE, MODEL16), r"grads\.layers\[0\]\.weight is None, but the optimizer state has an int16 array"),
+    ("nothing to train, Compensated", lambda: init(COMPENSATED, {"n": 3}), "`params` has 1 leaves, but none of them is a floating-point"),
+    ("bits a float", lambda: Compensated(OPTIM, bits=16.0), "`bits` is the float 16.0, but 8 or 16 was expected"),
+    ("other bits", lambda: update(Compensated(OPTIM, bits=8), GRADS16, STATE16, MODEL16), r"state\.remainder\.layers\[0\]\.weight has dtype int16, but int8 was expected at `bits=8`"),
+    ("state of the wrapped", lambda: update(COMPENSATED, GRADS16, STATE, MODEL16), "`state` is an `AdEMAMixState`, but a `CompensatedState` was expected"),
+    ("Compensated, another model", lambda: update(COMPENSATED, GRADS16, STATE16, half(SWAPPED)), r"params\.layers\[0\]\.weight has shape \(5, 3\), but the optimizer state has \(4, 3\)"),
+    ("Compensated, gradients", lambda: update(COMPENSATED, put(GRADS16, W0, jnp.ones((4, 1))), STATE16, MODEL16), r"grads\.layers\[0\]\.weight has shape \(4, 1\), but the optimizer state has \(4, 3\)"),
+    ("Compensated, swapped", lambda: update(COMPENSATED, STATE16, GRADS16, MODEL16), "`grads` is a `CompensatedState`: were `grads` and `state` swapped"),
+    ("Compensated, master of another", lambda: COMPENSATED.master_params(MODEL, STATE16), r"params\.layers\[0\]\.weight has dtype float32, but the state keeps a remainder for bfloat16"),
     ("format of float64", lambda: StateFormat(jnp.float32, jnp.float64, jnp.float32), "is float64, but JAX has 64-bit types disabled"),
     # schedules
     ("16-bit b3", scheduled("b3", lambda count: BF16), r"`b3\(count\)` is a bfloat16 array"),
@@ -296,14 +387,14 @@ def test_the_net_behind_our_checks():
     core: Any = _ademamix._step
     good: Any = [GRADS, STATE.m2, STATE.nu, STATE.m1, None]
     is_decayed = jax.tree.map(lambda _: False, GRADS)
-    resolved = OPTIM._resolved(STATE)
-    assert len(core(*good, is_decayed, resolved)) == 4
+    rest = is_decayed, OPTIM._resolved(STATE), STATE.count
+    assert len(core(*good, *rest)) == 4
     for i, name in ((1, "m2"), (2, "nu"), (3, "m1")):
         for value in (jnp.ones((4, 2)), jnp.ones((4, 3), int)):
             bad = list(good)
             bad[i] = put(good[i], W0, value)
             with pytest.raises(TypeCheckError, match=name):
-                core(*bad, is_decayed, resolved)
+                core(*bad, *rest)
     for name, tree in (("m1", STATE.m1), ("m2", STATE.m2), ("nu", STATE.nu)):
         fields = {"count": STATE.count, "count_m2": STATE.count_m2}
         moments = {"m1": STATE.m1, "m2": STATE.m2, "nu": STATE.nu}

@@ -386,12 +386,12 @@ def test_to_and_from_optax_and_adamw():
     # Rounded to nearest: what was on a grid of squares is still on it.
     assert eqx.tree_equal(decoded(back).nu, dense.nu)
     for x, y, bound in (
-        (decoded(back).m1, dense.m1, 0.1),
-        (decoded(back).m2, dense.m2, 1 / 2620),
+        (decoded(back).m1, dense.m1, 1 / 10_000),
+        (decoded(back).m2, dense.m2, 1 / 2520),
     ):
         near = jax.tree.map(
             lambda a, b, bound=bound: bool(
-                jnp.all(abs(a - b) <= 1.01 * bound * abs(b))
+                jnp.all(abs(a - b) <= 1.01 * bound * abs(b) + 1e-10 * jnp.max(abs(b)))
             ),
             x,
             y,
@@ -419,7 +419,7 @@ def test_from_torch():
     optim = AdEMAMix(1e-3, state_format=StateFormat.compact())
     state = eqx_ademamix.from_torch(state_dict, optim, params, {"['w']": 0})
     assert tree_type(state) == tree_type(optim.init(params))
-    np.testing.assert_allclose(decoded(state).m2["w"], x, rtol=1 / 2600)
+    np.testing.assert_allclose(decoded(state).m2["w"], x, rtol=1 / 2500)
     np.testing.assert_allclose(decoded(state).nu["w"], x**2, rtol=0.09)
 
 

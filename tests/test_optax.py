@@ -3,6 +3,7 @@
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false
 # pyright: reportIndexIssue=false
 
+import dataclasses
 from typing import Any
 
 import equinox as eqx
@@ -14,7 +15,14 @@ import optax
 import pytest
 
 import eqx_ademamix
-from eqx_ademamix import AdEMAMix, alpha_scheduler, beta3_scheduler
+from eqx_ademamix import (
+    AdEMAMix,
+    ScaledFloat8,
+    ScaledFloat16,
+    StateFormat,
+    alpha_scheduler,
+    beta3_scheduler,
+)
 
 from .helpers import assert_trees_close, count_traces, make_mlp, tree_type
 
@@ -56,7 +64,14 @@ def as_scale() -> Any:
     return optax.chain(scale, optax.scale(-RATE))
 
 
-OPTIMIZERS = (as_function, as_class, as_scale)
+def as_compact() -> Any:
+    compact = StateFormat(
+        m1=ScaledFloat8(), m2=ScaledFloat16(), nu=ScaledFloat8(), min_size=0
+    )
+    return dataclasses.replace(as_class(), state_format=compact)
+
+
+OPTIMIZERS = (as_function, as_class, as_scale, as_compact)
 
 
 def by_rank(params: Any) -> Any:
@@ -68,10 +83,10 @@ def label_tree() -> Any:
 
 
 def inject(make: Any) -> Any:
-    if make is as_class:
+    if make in (as_class, as_compact):
         static = ("weight_decay_mask", "trainable", "state_format", "b3", "alpha")
         factory = optax.inject_hyperparams(AdEMAMix, static_args=static)
-        return factory(RATE, **schedules())
+        return factory(RATE, state_format=make().state_format, **schedules())
     s = schedules()
     static = ("b3_scheduler", "alpha_scheduler", "mask", "mu_dtype")
     if make is as_function:

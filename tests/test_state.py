@@ -11,7 +11,14 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import eqx_ademamix
-from eqx_ademamix import AdEMAMix, StateFormat, alpha_scheduler, beta3_scheduler
+from eqx_ademamix import (
+    AdEMAMix,
+    ScaledFloat8,
+    ScaledFloat16,
+    StateFormat,
+    alpha_scheduler,
+    beta3_scheduler,
+)
 
 from .helpers import (
     assert_trees_close,
@@ -37,6 +44,12 @@ OPTIMIZERS = (
     AdEMAMix(lambda count: 1e-3, weight_decay=jnp.asarray(0.1)),
     AdEMAMix(
         1e-3, state_format=StateFormat(m1=jnp.bfloat16, m2=jnp.float16, nu=jnp.bfloat16)
+    ),
+    AdEMAMix(
+        1e-3,
+        state_format=StateFormat(
+            m1=ScaledFloat8(), m2=ScaledFloat16(), nu=ScaledFloat8(), min_size=0
+        ),
     ),
 )
 DTYPES = (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64, jnp.complex64)
