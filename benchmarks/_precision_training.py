@@ -14,11 +14,11 @@ from _examples import (
     Run,
     Windows,
     cast,
-    cast_step,
     read_text,
     training_batch,
     validation_loss,
 )
+from compact_state import train_step
 from jaxtyping import Float
 
 import eqx_ademamix
@@ -62,7 +62,7 @@ class StoredRun(Run):
     def step(self, step: int) -> None:
         size, context = self.config.batch_size, self.config.context
         windows = training_batch(self.text.train, size, context, self.config.seed, step)
-        self.model, self.state, loss = cast_step(
+        self.model, self.state, loss = train_step(
             (self.optim, windows), self.model, self.state
         )
         self.train_losses.append(loss)

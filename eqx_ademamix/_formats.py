@@ -264,8 +264,9 @@ def check_stored(
         found = [leaf for _, leaf in leaves]
         params = [x] if exact else _precisions(x)
         differences = [_difference(found, p, storage(fmt, p)) for p in params]
-        if all(differences):
-            name, kind, wanted = differences[0]
+        wrong = [difference for difference in differences if difference is not None]
+        if len(wrong) == len(params):
+            name, kind, wanted = wrong[0]
             raise ValueError(
                 f"state.{name}{path_text(path)} is stored as {kind}, but {wanted} was "
                 "expected for this parameter and `state_format`. Pass on the state as "

@@ -380,12 +380,13 @@ def test_the_errors_of_one_byte_do_not_add_up(b1: float):
 
 def test_a_slow_average_leaves_zero():
     """Also where a step is less than the block's largest entry by many orders."""
-    codec, size = ScaledFloat16(), np.float32([1.0, 1e-4, 1e-5, 1e-6, 1e-7])
+    codec = ScaledFloat16()
+    size = np.array([1.0, 1e-4, 1e-5, 1e-6, 1e-7], np.float32)
     step = lambda m, t: codec.encode(0.9999 * codec.decode(m) + 1e-4 * size, (t, 0))
     run = jax.jit(
         lambda m: jax.lax.scan(lambda m, t: (step(m, t), None), m, jnp.arange(10_000))
     )
-    end, _ = run(codec.encode(jnp.float32([1, 0, 0, 0, 0])))
+    end, _ = run(codec.encode(jnp.asarray([1.0, 0, 0, 0, 0])))
     left = np.asarray(codec.decode(end)) / size
     np.testing.assert_allclose(left[0], 1, rtol=0.05)
     np.testing.assert_allclose(left[1:], 1 - 0.9999**10_000, rtol=0.1)

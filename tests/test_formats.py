@@ -143,7 +143,7 @@ def test_report():
         "  ['bias']    (256,)     none  float32        float32        8.00\n"
         "  ['weight']  (64, 256)  none  ScaledFloat16  ScaledFloat8   3.01"
     )
-    example = state_report.__doc__.split("```text\n")[1].split("```")[0]
+    example = str(state_report.__doc__).split("```text\n")[1].split("```")[0]
     lines = [line.removeprefix("        ") for line in example.splitlines()]
     optim = AdEMAMix(1e-3, state_format=StateFormat.compact())
     report = state_report((eqx_ademamix.init(optim, params), "and more"))
@@ -322,7 +322,7 @@ def test_gradients_of_all_scales(scale: float):
     grads = jax.tree.map(lambda x: jnp.sign(x) * jnp.exp(x), params)
 
     def run(scale: float) -> Any:
-        state = optim.init(grads)
+        state, updates = optim.init(grads), None
         for _ in range(3):
             scaled = jax.tree.map(lambda g: scale * g, grads)
             updates, state = optim.update(scaled, state)
@@ -454,7 +454,8 @@ def test_a_sweep_and_extend_and_hyperparams():
     np.testing.assert_allclose(h.learning_rate, [1e-3, 2e-3])
     optim = AdEMAMix(1e-3, state_format=fmt, **SCHEDULES)
     state = eqx_ademamix.init(optim, model)
-    assert eqx_ademamix.extend(optim, state, warmup=20).alpha(20) == 5.0
+    longer: Any = eqx_ademamix.extend(optim, state, warmup=20)
+    assert longer.alpha(20) == 5.0
 
 
 def test_the_typed_core_takes_encoded_leaves_by_their_shape():

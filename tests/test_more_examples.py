@@ -201,3 +201,12 @@ def test_pinn_has_the_right_equation_and_boundary(monkeypatch):
 def test_impossible_options(script, settings, message, monkeypatch):
     with pytest.raises(ValueError, match=message):
         example(script, monkeypatch).Config(**settings)
+
+
+def test_compact_state_takes_less_and_learns_as_much(tmp_path):
+    printed = run("compact_state.py", tmp_path, "--steps", 16)
+    assert "  .head.weight  " in printed and "ScaledFloat16" in printed
+    rows = re.findall(r"^(float32|small) +([\d,]+)  ([\d.]+)$", printed, re.MULTILINE)
+    (_, wide, exact), (_, small, loss) = rows
+    assert int(small.replace(",", "")) < 0.52 * int(wide.replace(",", ""))
+    assert abs(float(loss) - float(exact)) < 0.02

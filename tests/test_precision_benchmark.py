@@ -1,0 +1,72 @@
+"""The parts of `benchmarks/precision.py` that are not the package's."""
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from .helpers import x64
+
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+def benchmark(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module(name)
+
+
+def test_the_dynamic_map(monkeypatch):
+    """As the paper that defines it has it: 256 numbers, finest near zero."""
+    numbers = benchmark("_storage", monkeypatch).dynamic_map()
+    assert len(numbers) == len(set(numbers)) == 256
+    assert numbers.max() == 1.0 and 0.0 in numbers
+    positive = numbers[numbers > 0]
+    np.testing.assert_allclose(positive[0], 0.55e-6)
+    np.testing.assert_allclose(positive[-2], 1 - 0.9 / 128)
+    assert [np.sum(positive <= 10.0**-k) for k in (6, 5, 4, 3)] == [1, 3, 7, 15]
+    assert np.array_equal(numbers[:127], -positive[:-1][::-1])
+
+
+def test_other_formats_are_what_they_are_called(monkeypatch):
+    storages = {s.name: s for s in benchmark("_storage", monkeypatch).STORAGES}
+    x = jnp.asarray(np.random.default_rng(0).normal(size=512), jnp.float32)
+    for name, bound in (
+        ("float32", 0.0),
+        ("bfloat16, to nearest", 2.0**-8),
+        ("bfloat16, stochastic", 2.0**-7),
+        ("float16, scaled, to nearest", 2.0**-11),
+    ):
+        y = storages[name].round_trip(x, jax.random.key(0))
+        assert np.max(np.abs(y / x - 1)) <= bound
+    for name, bound in (
+        ("int16, linear", 0.5 / 32767),
+        ("int8, linear", 0.5 / 127),
+        ("int8, dynamic map", 0.5 * 0.9 / 64),
+    ):
+        y = storages[name].round_trip(x, jax.random.key(0))
+        assert np.max(np.abs(y - x)) <= 1.01 * bound * np.max(np.abs(x))
+
+
+def test_the_protocol(monkeypatch):
+    precision = benchmark("precision", monkeypatch)
+    storages = {s.name: s for s in precision.STORAGES}
+    with x64():
+        exact = precision.measure(storages["float32"], 800, 0)
+        coarse = precision.measure(storages["bfloat16, to nearest"], 800, 0)
+    assert exact.relative_error < 1e-5 < 1e-2 < coarse.relative_error
+    np.testing.assert_allclose(exact.left, 0.9999**200, rtol=1e-5)
+    np.testing.assert_allclose(coarse.left, 1.0, rtol=1e-3)
+    assert len(exact.errors) == precision.NUM_POINTS
+
+
+def test_a_spike_is_seen(monkeypatch):
+    training = benchmark("_precision_training", monkeypatch)
+    losses = np.linspace(2, 1, 200)
+    assert training.largest_rise(losses) == 0.0
+    losses[100:140] += 0.5
+    assert 0.3 < training.largest_rise(losses) < 0.5
