@@ -70,15 +70,14 @@ class Compensated(AbstractOptimizer[CompensatedState]):
     \begin{align*}
     t &= (\theta + r) + u \\
     u_{16} &= \operatorname{round}_{16}(\operatorname{round}_{16}(t) - \theta) \\
-    \theta &\leftarrow \operatorname{round}_{16}(\theta + u_{16})
-        && \text{which is what } \texttt{eqx.apply\_updates} \text{ computes} \\
+    \theta &\leftarrow \operatorname{round}_{16}(\theta + u_{16}) \\
     r &\leftarrow t - \theta
     \end{align*}
     $$
 
-    so nothing is lost (compensated summation, Kahan 1965). The remainder is stored as
-    an integer in parts of the unit in the last place of $\theta$. Mostly it is at most
-    half of one; where a step changes a parameter by more than its own size it can be
+    so nothing is lost (compensated summation, Kahan 1965); the third line is what
+    `eqx.apply_updates` does. The remainder is stored as an integer in parts of the unit
+    in the last place of $\theta$. Mostly it is at most half of one; where a step changes a parameter by more than its own size it can be
     many, since $u_{16}$ has no digits for them. So the largest integers stand for ever
     larger remainders. What lies between two is rounded at random such that the mean is
     exact.
