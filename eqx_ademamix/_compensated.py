@@ -77,10 +77,10 @@ class Compensated(AbstractOptimizer[CompensatedState]):
 
     so nothing is lost (compensated summation, Kahan 1965); the third line is what
     `eqx.apply_updates` does. The remainder is stored as an integer in parts of the unit
-    in the last place of $\theta$. Mostly it is at most half of one; where a step changes
-    a parameter by more than its own size it can be many, since $u_{16}$ has no digits
-    for them. So the largest integers stand for ever larger remainders. What lies
-    between two is rounded at random such that the mean is exact.
+    in the last place of $\theta$. Mostly it is at most half of one; where a step is
+    larger than the parameter it can be many, since $u_{16}$ has no digits for them. So
+    the largest integers stand for ever larger remainders. What lies between two is
+    rounded at random such that the mean is exact.
 
     With `bits=16` a bfloat16 parameter and its remainder have 24 significant bits in
     four bytes, those of float32: but for one step in sixty, whose remainder is close to
