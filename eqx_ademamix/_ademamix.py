@@ -54,7 +54,7 @@ from ._hyperparams import (
 )
 from ._masks import as_bools, select, with_python_bools
 from ._moments import abs_squared, bias_factor, moving_average, over, times
-from ._optimizer import AbstractOptimizer, next_count
+from ._optimizer import AbstractOptimizer, hash_of, next_count
 from ._schedules import AlphaSchedule, Beta3Schedule
 
 
@@ -323,6 +323,9 @@ class AdEMAMix(AbstractOptimizer[AdEMAMixState]):
             m2=m2,
             nu=nu,
         )
+
+    def __hash__(self) -> int:
+        return hash_of(self)
 
     @property
     def _has_m1(self) -> bool:

@@ -29,7 +29,7 @@ from ._checks import (
 )
 from ._codecs import seed_of, uniform
 from ._masks import select
-from ._optimizer import AbstractOptimizer, next_count
+from ._optimizer import AbstractOptimizer, hash_of, next_count
 
 
 # pyright: reportUndefinedVariable=false
@@ -214,6 +214,9 @@ class Compensated(AbstractOptimizer[CompensatedState]):
         state = on_device(state)
         p = self._checked(None, state, params)
         return eqx.combine(_master(p, state.remainder), params)
+
+    def __hash__(self) -> int:
+        return hash_of(self)
 
     def _checked(self, grads: Any, state: Any, params: Any) -> Any:
         """The arrays of the parameters, once all is known to fit."""

@@ -1,5 +1,6 @@
 """How a moment is stored between two steps."""
 
+import dataclasses
 import math
 from typing import Any, NamedTuple
 
@@ -161,7 +162,7 @@ def _checked_codec(name: str, codec: AbstractCodec) -> AbstractCodec:
 
 def _is_hashable(codec: AbstractCodec) -> bool:
     try:
-        hash(jtu.tree_structure(codec))
+        hash(tuple(getattr(codec, x.name) for x in dataclasses.fields(codec)))
     except TypeError:
         return False
     return True

@@ -31,12 +31,13 @@ class AbstractOptimizer(eqx.Module, Generic[State]):
     ) -> tuple[PyTree[Any], State]:
         """See [`eqx_ademamix.update`][]."""
 
-    def __hash__(self) -> int:
-        # Equal optimizers have equal hashes, and one with a mask in a dict, or with
-        # arrays, has a hash at all: `jax.jit(optim.update)` needs it.
-        leaves, treedef = jtu.tree_flatten(self)
-        types = ((x.shape, x.dtype) if eqx.is_array(x) else x for x in leaves)
-        return hash((treedef, *types))
+
+def hash_of(optim: AbstractOptimizer[Any]) -> int:
+    """A hash for the class of an optimizer to return, which Equinox asks of each class:
+    `jax.jit(optim.update)` needs one also if there is a mask in a dict, or an array."""
+    leaves, treedef = jtu.tree_flatten(optim)
+    types = ((x.shape, x.dtype) if eqx.is_array(x) else x for x in leaves)
+    return hash((treedef, *types))
 
 
 def next_count(count: Array) -> Array:

@@ -246,10 +246,10 @@ def test_donation(name: str):
         return eqx.apply_updates(params, updates), state
 
     jitted = jax.jit(step, donate_argnums=(0, 1))
-    memory: Any = jitted.lower(params, state).compile().memory_analysis()
-    # All of it but counters and seeds is written where it was read.
-    size = state_bytes((params, state))
-    assert memory.alias_size_in_bytes >= 0.99 * size
+    # All of it is written where it was read.
+    program = jitted.lower(params, state).compile().as_text()
+    leaves = [x for x in jtu.tree_leaves((params, state)) if x.size > 1]
+    assert str(program).count("-alias)") >= len(leaves)
     for _ in range(3):
         old = jtu.tree_leaves((params, state))
         params, state = jitted(params, state)
