@@ -33,8 +33,8 @@ from ._optimizer import AbstractOptimizer, hash_of, next_count
 
 
 # pyright: reportUndefinedVariable=false
-_Arrays: TypeAlias = PyTree[Inexact[Array, "?*leaf"] | None, "Params"]
-_Remainders: TypeAlias = PyTree[Int[Array, "?*leaf"] | None, "Params"]
+_Arrays: TypeAlias = PyTree[Inexact[Array, "?*leaf"], "Params"]
+_Remainders: TypeAlias = PyTree[Int[Array, "?*leaf"], "Params"]
 
 
 class CompensatedState(eqx.Module):
@@ -178,13 +178,15 @@ class Compensated(AbstractOptimizer[CompensatedState]):
         p = self._checked(grads, state, params)
         g = as_gradients(grads)
         check_against_state("grads", g, state.remainder, keep_extra=True)
-        wide = _master(p, state.remainder)
+        p16 = _where(state.remainder, p)
+        wide = eqx.combine(_master(p16, state.remainder), p)
         updates, inner_state = self.optim.update(
             jax.tree.map(_wide, g), state.inner_state, self._whole(wide, params)
         )
         _check_no_other(p, updates, state.remainder)
-        updates, remainder = _split(updates, wide, p, state.remainder, state.count)
-        return updates, CompensatedState(
+        of16 = (_where(state.remainder, tree) for tree in (updates, wide))
+        updates16, remainder = _split(*of16, p16, state.remainder, state.count)
+        return eqx.combine(updates16, updates), CompensatedState(
             inner_state=inner_state,
             remainder=remainder,
             count=next_count(state.count),
@@ -213,7 +215,8 @@ class Compensated(AbstractOptimizer[CompensatedState]):
         """
         state = on_device(state)
         p = self._checked(None, state, params)
-        return eqx.combine(_master(p, state.remainder), params)
+        p16 = _where(state.remainder, p)
+        return eqx.combine(_master(p16, state.remainder), params)
 
     def __hash__(self) -> int:
         return hash_of(self)
@@ -293,14 +296,16 @@ def _wide(x: Array) -> Array:
     return _in_precision_of(x, x.astype(np.float32)) if _is_16_bit(x) else x
 
 
+def _where(remainder: Any, tree: Any) -> Any:
+    """A tree with its leaves only where there is a remainder."""
+    keep = lambda r, x: None if r is None else x
+    return jax.tree.map(keep, remainder, tree, is_leaf=is_entry)
+
+
 @jaxtyped(typechecker=beartype)
 def _master(params: _Arrays, remainder: _Remainders) -> _Arrays:
     """The float32 parameters."""
-
-    def of(p: Any, r: Any) -> Any:
-        return p if r is None else _wide(p) + _decode(r, p)
-
-    return jax.tree.map(of, params, remainder, is_leaf=is_entry)
+    return jax.tree.map(lambda p, r: _wide(p) + _decode(r, p), params, remainder)
 
 
 @jaxtyped(typechecker=beartype)
@@ -312,14 +317,13 @@ def _split(
     count: Int32[Array, ""],
 ) -> tuple[_Arrays, _Remainders]:
     """Splits updates into those that 16-bit parameters take, and new remainders."""
-    positions = jtu.tree_structure(params, is_leaf=is_entry)
+    positions = jtu.tree_structure(params)
     positions = positions.unflatten(range(positions.num_leaves))
 
     def split(u: Any, w: Any, p: Any, r: Any, i: int) -> tuple[Any, Any]:
-        return (u, None) if r is None else _split_leaf(u, w, p, r, (count, i))
+        return _split_leaf(u, w, p, r, (count, i))
 
-    trees = updates, wide, params, remainder, positions
-    out = jax.tree.map(split, *trees, is_leaf=is_entry)
+    out = jax.tree.map(split, updates, wide, params, remainder, positions)
     part = lambda i: jax.tree.map(lambda _, pair: pair[i], positions, out)
     return part(0), part(1)
 

@@ -384,4 +384,4 @@ def test_the_typed_core():
     count = jnp.zeros((), jnp.int32)
     split(wide, wide, good, {"w": jnp.ones(3, jnp.int16)}, count)
     with pytest.raises(TypeError):
-        split(wide, wide, good, {"w": jnp.ones(3)}, count)
+        split(wide, wide, good, {"w": jnp.ones(2, jnp.int16)}, count)
