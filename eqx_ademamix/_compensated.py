@@ -184,8 +184,8 @@ class Compensated(AbstractOptimizer[CompensatedState]):
             jax.tree.map(_wide, g), state.inner_state, self._whole(wide, params)
         )
         _check_no_other(p, updates, state.remainder)
-        of16 = (_where(state.remainder, tree) for tree in (updates, wide))
-        updates16, remainder = _split(*of16, p16, state.remainder, state.count)
+        u16, wide16 = _where(state.remainder, updates), _where(state.remainder, wide)
+        updates16, remainder = _split(u16, wide16, p16, state.remainder, state.count)
         return eqx.combine(updates16, updates), CompensatedState(
             inner_state=inner_state,
             remainder=remainder,
