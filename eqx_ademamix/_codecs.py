@@ -257,7 +257,29 @@ _INFINITY = np.int32(0x7F800000)
 _NOT_FINITE = 255  # an exponent
 
 
-class ScaledFloat16(AbstractCodec):
+class AbstractScaled(AbstractCodec):
+    """A codec whose codes are places on a grid of floating-point numbers."""
+
+    block_size: eqx.AbstractVar[int]
+    signed: eqx.AbstractVar[bool]
+
+    @no_type_check
+    def encode_real(self, value: Array, seed: Array | None) -> tuple[Array, ...]:
+        """See [`eqx_ademamix.AbstractCodec`][]."""
+        return _encode_scaled(value, seed, self.block_size, self._grid)
+
+    @no_type_check
+    def decode_real(self, parts: tuple[Array, ...]) -> Array:
+        """See [`eqx_ademamix.AbstractCodec`][]."""
+        return _decode_scaled(parts, self.block_size, self._grid)
+
+    @property
+    @abc.abstractmethod
+    def _grid(self) -> _Grid:
+        """The grid, by `signed`."""
+
+
+class ScaledFloat16(AbstractScaled):
     r"""Two bytes: floating-point numbers whose exponents count down from the exponent
     of the largest entry of their block, one byte a block.
 
@@ -302,26 +324,16 @@ class ScaledFloat16(AbstractCodec):
         self.signed = bool(signed)
 
     @no_type_check
-    def encode_real(self, value: Array, seed: Array | None) -> tuple[Array, ...]:
-        """See [`eqx_ademamix.AbstractCodec`][]."""
-        return _encode_scaled(value, seed, self.block_size, self._grid)
-
-    @no_type_check
-    def decode_real(self, parts: tuple[Array, ...]) -> Array:
-        """See [`eqx_ademamix.AbstractCodec`][]."""
-        return _decode_scaled(parts, self.block_size, self._grid)
-
-    @no_type_check
     def for_squares(self) -> "ScaledFloat16":
         """See [`eqx_ademamix.AbstractCodec`][]."""
         return ScaledFloat16(self.block_size, signed=False)
 
     @property
-    def _grid(self) -> "_Grid":
+    def _grid(self) -> _Grid:
         return (_SIGNED if self.signed else _UNSIGNED)[16]
 
 
-class ScaledFloat8(AbstractCodec):
+class ScaledFloat8(AbstractScaled):
     r"""One byte: as [`eqx_ademamix.ScaledFloat16`][], with fewer numbers, and rounded
     up or down at random such that the mean is exact.
 
@@ -370,22 +382,12 @@ class ScaledFloat8(AbstractCodec):
         self.signed = bool(signed)
 
     @no_type_check
-    def encode_real(self, value: Array, seed: Array | None) -> tuple[Array, ...]:
-        """See [`eqx_ademamix.AbstractCodec`][]."""
-        return _encode_scaled(value, seed, self.block_size, self._grid)
-
-    @no_type_check
-    def decode_real(self, parts: tuple[Array, ...]) -> Array:
-        """See [`eqx_ademamix.AbstractCodec`][]."""
-        return _decode_scaled(parts, self.block_size, self._grid)
-
-    @no_type_check
     def for_squares(self) -> "ScaledFloat8":
         """See [`eqx_ademamix.AbstractCodec`][]."""
         return ScaledFloat8(self.block_size, signed=False)
 
     @property
-    def _grid(self) -> "_Grid":
+    def _grid(self) -> _Grid:
         return (_SIGNED if self.signed else _UNSIGNED)[8]
 
 

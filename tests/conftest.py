@@ -15,6 +15,13 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 @pytest.fixture
+def standard_promotion():
+    """For tests that run the arithmetic of optax, which adds integers and floats."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture
 def getkey():
     # Delayed: jaxtyping's import hook must come before the first import of Equinox.
     import equinox.internal as eqxi

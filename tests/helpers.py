@@ -10,6 +10,13 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 
+from eqx_ademamix import StateFormat, alpha_scheduler, beta3_scheduler
+
+
+SCHEDULES: Any = dict(
+    b3=beta3_scheduler(0.999, 0.9, warmup=10), alpha=alpha_scheduler(5.0, warmup=10)
+)
+
 
 def x64() -> Any:
     """A context with 64-bit types enabled."""
@@ -125,6 +132,19 @@ def count_traces(fn: Callable[..., Any]) -> tuple[Callable[..., Any], list[None]
         return fn(*args)
 
     return counted, traces
+
+
+#
+# Formats
+#
+
+
+def everywhere(fmt: StateFormat) -> StateFormat:
+    """The same format for arrays of any size."""
+    return StateFormat(fmt.m1, fmt.m2, fmt.nu, min_size=0)
+
+
+COMPACT = everywhere(StateFormat.compact())
 
 
 #

@@ -21,10 +21,7 @@ from .helpers import count_traces, loss_of_arrays, make_mlp, max_error
 README = pathlib.Path(__file__).parents[1] / "README.md"
 
 
-@pytest.fixture(autouse=True)
-def standard_promotion():
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 def row(name: str) -> tuple[str, str]:

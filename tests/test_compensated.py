@@ -1,6 +1,5 @@
 """16-bit parameters under `Compensated` move as float32 ones do."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import equinox as eqx
@@ -17,12 +16,10 @@ from eqx_ademamix import (
     AdEMAMix,
     Compensated,
     CompensatedState,
-    ScaledFloat8,
-    ScaledFloat16,
-    StateFormat,
 )
 
 from .helpers import (
+    COMPACT,
     assert_trees_close,
     count_traces,
     loss_of_arrays,
@@ -32,22 +29,14 @@ from .helpers import (
 )
 
 
-@pytest.fixture(autouse=True)
-def as_optax_needs_it() -> Iterator[None]:
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 HALVES = ("bfloat16", "float16")
 BITS = (16, 8)
 INNER = {
     "AdEMAMix": AdEMAMix(1e-3, weight_decay=0.1),
-    "compact": AdEMAMix(
-        1e-3,
-        state_format=StateFormat(
-            m1=ScaledFloat8(), m2=ScaledFloat16(), nu=ScaledFloat8(), min_size=0
-        ),
-    ),
+    "compact": AdEMAMix(1e-3, state_format=COMPACT),
     "adamw": optax.adamw(1e-3),
     "chain": optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(1e-3)),
 }

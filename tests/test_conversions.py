@@ -45,10 +45,7 @@ from .helpers import (
 )
 
 
-@pytest.fixture(autouse=True)
-def standard_promotion():
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 X = jax.random.normal(jax.random.key(1), (16, 3))

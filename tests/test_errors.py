@@ -27,6 +27,7 @@ from eqx_ademamix import (
     update,
 )
 
+from . import helpers
 from .helpers import loss_of_arrays, make_mlp
 
 
@@ -42,30 +43,15 @@ W0 = lambda tree: tree.layers[0].weight
 B2 = lambda tree: tree.layers[2].bias
 is_none = lambda x: x is None
 
-COMPACT = AdEMAMix(
-    1e-3,
-    state_format=StateFormat(
-        m1=ScaledFloat8(), m2=ScaledFloat16(), nu=ScaledFloat8(), min_size=0
-    ),
-)
+COMPACT = AdEMAMix(1e-3, state_format=helpers.COMPACT)
 COMPACT_STATE = init(COMPACT, MODEL)
 
 
-class Leafy(AbstractCodec):
-    gain: Any
+class Untupled(AbstractCodec):
+    """A codec with a field of each kind, whose parts are no tuple."""
 
-    def encode_real(self, value: Any, seed: Any) -> Any:
-        return value
-
-    def decode_real(self, parts: Any) -> Any:
-        return parts
-
-    def for_squares(self) -> Any:
-        return self
-
-
-class Frozen(AbstractCodec):
-    gain: Any = eqx.field(static=True)
+    leaf: Any = None
+    static: Any = eqx.field(static=True, default=1)
 
     def encode_real(self, value: Any, seed: Any) -> Any:
         return value
@@ -282,9 +268,9 @@ CASES = (
     ("an imaginary part more", lambda: update(COMPACT, GRADS, eqx.tree_at(lambda s: W0(s.m1).imag, COMPACT_STATE, W0(COMPACT_STATE.m1).real, is_leaf=is_none), MODEL), r"state\.m1\.layers\[0\]\.weight is stored as ScaledFloat8\(.*\) with the arrays int8\[4, 3\], uint8\[1\], int8\[4, 3\], uint8\[1\], but"),
     ("a part lost", lambda: update(COMPACT, GRADS, put(COMPACT_STATE, lambda s: W0(s.m1).real[1], None), MODEL), r"state\.m1\.layers\[0\]\.weight is stored as ScaledFloat8\(.*\) with the arrays int8\[4, 3\], None\[\], but"),
     ("all parts lost", lambda: update(COMPACT, GRADS, put(COMPACT_STATE, lambda s: W0(s.m1).real, ()), MODEL), r"state\.m1\.layers\[0\]\.weight is a ScaledFloat8 moment of shape \(\), but state\.m2"),
-    ("codec with a leaf", lambda: StateFormat(Leafy(2.0), jnp.float32, jnp.float32), r"`StateFormat\(m1=...\)` is a `Leafy` with fields that are not static"),
-    ("codec with an array", lambda: StateFormat(jnp.float32, jnp.float32, Frozen([1.0])), r"`StateFormat\(nu=...\)` is a `Frozen` with fields that are not static"),
-    ("codec without a tuple", lambda: init(AdEMAMix(1, state_format=StateFormat(Frozen(1), jnp.float32, jnp.float32, min_size=0)), MODEL), r"`Frozen.encode_real` returned .* for an array of shape \(4, 3\), but a tuple was expected"),
+    ("codec with a leaf", lambda: StateFormat(Untupled(2.0), jnp.float32, jnp.float32), r"`StateFormat\(m1=...\)` is an `Untupled` with fields that are not static"),
+    ("codec with an array", lambda: StateFormat(jnp.float32, jnp.float32, Untupled(static=[1.0])), r"`StateFormat\(nu=...\)` is an `Untupled` with fields that are not static"),
+    ("codec without a tuple", lambda: init(AdEMAMix(1, state_format=StateFormat(Untupled(), jnp.float32, jnp.float32, min_size=0)), MODEL), r"`Untupled.encode_real` returned .* for an array of shape \(4, 3\), but a tuple was expected"),
     ("encoded, of another model", lambda: update(COMPACT, GRADS, init(COMPACT, SWAPPED), MODEL), r"params\.layers\[0\]\.weight " + SHAPE.format("4, 3", "5, 3")),
     ("encoded moments on trees", lambda: eqx_ademamix.tree_update_moment(GRADS, COMPACT_STATE.m1, 0.9, 1), "`moments` has ScaledFloat8 moments, but this function takes arrays"),
     ("encoded moments to correct", lambda: eqx_ademamix.tree_bias_correction(COMPACT_STATE.m1, 0.9, 1), "`moment` has ScaledFloat8 moments, but this function takes arrays"),

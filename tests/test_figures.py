@@ -6,7 +6,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 
@@ -37,11 +36,7 @@ def toy(module: Any) -> ModuleType:
     return module("_figures_toy")
 
 
-@pytest.fixture(autouse=True)
-def standard_promotion():
-    """As the scripts run: optax adds integers and floats."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 def golden(figures: ModuleType, figure: str, quantity: str) -> float:

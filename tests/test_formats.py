@@ -20,17 +20,18 @@ from eqx_ademamix import (
     ScaledFloat16,
     SplitBfloat16,
     StateFormat,
-    alpha_scheduler,
-    beta3_scheduler,
     decoded,
     state_bytes,
     state_report,
 )
 
 from .helpers import (
+    COMPACT,
+    SCHEDULES,
     assert_trees_close,
     buffers,
     count_traces,
+    everywhere,
     loss_of_arrays,
     make_mlp,
     max_error,
@@ -39,19 +40,11 @@ from .helpers import (
 )
 
 
-SCHEDULES: Any = dict(
-    b3=beta3_scheduler(0.999, 0.9, warmup=10), alpha=alpha_scheduler(5.0, warmup=10)
-)
 FORMATS = {
     "compact": StateFormat.compact(),
     "half": StateFormat.half(),
     "mixed": StateFormat(m1=jnp.bfloat16, m2=SplitBfloat16(), nu=ScaledFloat16()),
 }
-
-
-def everywhere(fmt: StateFormat) -> StateFormat:
-    """The same format for arrays of any size."""
-    return StateFormat(fmt.m1, fmt.m2, fmt.nu, min_size=0)
 
 
 def make_params() -> dict[str, Any]:
@@ -197,7 +190,7 @@ def test_types_stay_and_one_trace(name: str):
 
 
 def test_runs_repeat_bit_for_bit():
-    optim = AdEMAMix(1e-3, state_format=everywhere(StateFormat.compact()))
+    optim = AdEMAMix(1e-3, state_format=COMPACT)
     step = eqx.filter_jit(eqx_ademamix.update)
     one, other = (train(optim, make_params(), 5, step) for _ in range(2))
     assert eqx.tree_equal(one, other)
@@ -205,7 +198,7 @@ def test_runs_repeat_bit_for_bit():
 
 def test_equal_leaves_are_rounded_independently():
     """By their place in the model, else the errors of equal layers would be equal."""
-    optim = AdEMAMix(1e-3, state_format=everywhere(StateFormat.compact()))
+    optim = AdEMAMix(1e-3, state_format=COMPACT)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 256)), jnp.float32)
     _, state = optim.update([x, x], optim.init([x, x]))
     for tree in (state.m1, state.m2, state.nu):
@@ -301,7 +294,7 @@ def test_sharding(spec: tuple[Any, ...]):
 
 
 def test_b1_zero_and_params_left_out():
-    fmt = everywhere(StateFormat.compact())
+    fmt = COMPACT
     optim = AdEMAMix(1e-3, b1=0, state_format=fmt)
     params = arrays_of(make_params())
     state = optim.init(params)
@@ -314,7 +307,7 @@ def test_b1_zero_and_params_left_out():
 @pytest.mark.parametrize("scale", (1e-12, 1e-6, 1.0, 1e4))
 def test_gradients_of_all_scales(scale: float):
     """At a scale the step is that of gradients near 1, as Adam's is."""
-    fmt = everywhere(StateFormat.compact())
+    fmt = COMPACT
     optim = AdEMAMix(1e-3, eps=1e-30, state_format=fmt)
     params = eqx.filter(
         make_params(), lambda x: eqx.is_array(x) and x.dtype == "float32"
@@ -357,7 +350,7 @@ def test_other_parameters(dtype: str):
 
 def test_decoded():
     params = make_params()
-    optim = AdEMAMix(1e-3, state_format=everywhere(StateFormat.compact()))
+    optim = AdEMAMix(1e-3, state_format=COMPACT)
     _, state = train(optim, params, 2)
     dense = decoded(state)
     assert type(dense) is AdEMAMixState
@@ -373,7 +366,7 @@ def test_decoded():
 
 def test_to_and_from_optax_and_adamw():
     params = {"w": make_params()["w"], "b": make_params()["b"]}
-    optim = AdEMAMix(1e-3, state_format=everywhere(StateFormat.compact()))
+    optim = AdEMAMix(1e-3, state_format=COMPACT)
     _, state = train(optim, params, 3)
     dense = decoded(state)
     theirs = eqx_ademamix.to_optax(state)
@@ -425,7 +418,7 @@ def test_from_torch():
 
 def test_serialisation(tmp_path: Any):
     params = make_params()
-    optim = AdEMAMix(1e-3, state_format=everywhere(StateFormat.compact()))
+    optim = AdEMAMix(1e-3, state_format=COMPACT)
     _, state = train(optim, params, 2)
     eqx.tree_serialise_leaves(tmp_path / "state.eqx", state)
     like = eqx.filter_eval_shape(eqx_ademamix.init, optim, params)
@@ -437,7 +430,7 @@ def test_serialisation(tmp_path: Any):
 
 
 def test_a_sweep_and_extend_and_hyperparams():
-    fmt = everywhere(StateFormat.compact())
+    fmt = COMPACT
     model = make_mlp()
 
     @eqx.filter_vmap

@@ -17,20 +17,14 @@ import pytest
 import eqx_ademamix
 from eqx_ademamix import (
     AdEMAMix,
-    ScaledFloat8,
-    ScaledFloat16,
-    StateFormat,
     alpha_scheduler,
     beta3_scheduler,
 )
 
-from .helpers import assert_trees_close, count_traces, make_mlp, tree_type
+from .helpers import COMPACT, assert_trees_close, count_traces, make_mlp, tree_type
 
 
-@pytest.fixture(autouse=True)
-def standard_promotion():
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 X = jax.random.normal(jax.random.key(1), (16, 3))
@@ -65,10 +59,7 @@ def as_scale() -> Any:
 
 
 def as_compact() -> Any:
-    compact = StateFormat(
-        m1=ScaledFloat8(), m2=ScaledFloat16(), nu=ScaledFloat8(), min_size=0
-    )
-    return dataclasses.replace(as_class(), state_format=compact)
+    return dataclasses.replace(as_class(), state_format=COMPACT)
 
 
 OPTIMIZERS = (as_function, as_class, as_scale, as_compact)

@@ -29,10 +29,7 @@ STEPS = 300
 SHAPES = {"w": (5, 7), "b": (7,), "s": (), "t": (2, 3, 4)}
 
 
-@pytest.fixture(autouse=True)
-def standard_promotion():
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 def draw(seed: int, dtype: Any) -> dict[str, np.ndarray]:

@@ -13,14 +13,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import eqx_ademamix
 from eqx_ademamix import (
     AdEMAMix,
-    ScaledFloat8,
-    ScaledFloat16,
     StateFormat,
-    alpha_scheduler,
-    beta3_scheduler,
 )
 
 from .helpers import (
+    COMPACT,
+    SCHEDULES,
     assert_trees_close,
     buffers,
     count_traces,
@@ -32,9 +30,6 @@ from .helpers import (
 )
 
 
-SCHEDULES: Any = dict(
-    b3=beta3_scheduler(0.999, 0.9, warmup=10), alpha=alpha_scheduler(5.0, warmup=10)
-)
 OPTIMIZERS = (
     AdEMAMix(1e-3),
     AdEMAMix(1e-3, weight_decay=0.1),
@@ -45,12 +40,7 @@ OPTIMIZERS = (
     AdEMAMix(
         1e-3, state_format=StateFormat(m1=jnp.bfloat16, m2=jnp.float16, nu=jnp.bfloat16)
     ),
-    AdEMAMix(
-        1e-3,
-        state_format=StateFormat(
-            m1=ScaledFloat8(), m2=ScaledFloat16(), nu=ScaledFloat8(), min_size=0
-        ),
-    ),
+    AdEMAMix(1e-3, state_format=COMPACT),
 )
 DTYPES = (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64, jnp.complex64)
 
