@@ -247,7 +247,9 @@ def test_squares_are_not_underestimated(
         assert np.max(np.float64(x) / y) <= FACTORS[name_of(codec)] * (1 + 1e-5)
         # Overestimated only by as much, where the block's range has room for it.
         room = x >= 2.0**-41 * x.max()
-        assert np.max(y[room] / x[room]) <= FACTORS[name_of(codec)] * (1 + 1e-5)
+        assert np.max(np.asarray(y)[room] / x[room]) <= FACTORS[name_of(codec)] * (
+            1 + 1e-5
+        )
 
 
 def test_squares_of_a_codec_for_two_signs():
