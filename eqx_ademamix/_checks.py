@@ -173,6 +173,11 @@ def static_mismatch(tree: Any, reference: Any, path: Path = ()) -> Path | None:
 
 
 def check_optimizer(optim: Any, cls: type) -> None:
+    if hasattr(optim, "optim") and not isinstance(optim, cls):
+        raise TypeError(
+            f"`optim` is {describe(optim)}, which wraps an optimizer, but that itself "
+            "was expected. Pass `optim.optim`, and with it `state.inner_state`."
+        )
     if not isinstance(optim, cls):
         raise TypeError(
             f"`optim` is {describe(optim)}, but an optimizer of this package was "

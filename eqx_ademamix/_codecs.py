@@ -206,6 +206,13 @@ def uniform(seed: Array, shape: tuple[int, ...]) -> Float[Array, "..."]:
     return (word >> np.uint32(8)).astype(np.float32) * np.float32(2.0**-24)
 
 
+def up_or_down(x: Array, chance: Any) -> Array:
+    """Rounds to an integer: up if the fraction exceeds a number in [0, 1), else down.
+    Over random numbers the mean is `x`."""
+    below = jnp.floor(x)
+    return jnp.where(x - below > chance, below + 1, below)
+
+
 def _strides(shape: tuple[int, ...]) -> list[int]:
     return [math.prod(shape[axis + 1 :]) % 2**32 for axis in range(len(shape))]
 
@@ -412,9 +419,8 @@ def _encode_scaled(
         seed = jnp.zeros((), np.uint32) if seed is None else seed
         code, parts = jnp.round(code + _dither(seed, value.shape)), (exponents, seed)
     else:
-        below = jnp.floor(code)
         chance = np.float32(0.5) if seed is None else uniform(seed, value.shape)
-        code = jnp.where(code - below > chance, below + 1, below)
+        code = up_or_down(code, chance)
     code = jnp.clip(code, 0 if grid.is_signed else 1, grid.top)
     return (jnp.sign(value) * code).astype(grid.dtype), *parts
 

@@ -27,7 +27,7 @@ from ._checks import (
     path_text,
     structure,
 )
-from ._codecs import seed_of, uniform
+from ._codecs import seed_of, uniform, up_or_down
 from ._masks import select
 from ._optimizer import AbstractOptimizer, hash_of, next_count
 
@@ -83,9 +83,9 @@ class Compensated(AbstractOptimizer[CompensatedState]):
     rounded at random such that the mean is exact.
 
     With `bits=16` a bfloat16 parameter and its remainder have 24 significant bits in
-    four bytes, those of float32: but for one step in sixty, whose remainder is close to
-    half a unit, they are the float32 parameter bit for bit. With `bits=8` they have 16
-    in three bytes.
+    four bytes, those of float32, and take the steps of a float32 parameter bit for bit
+    but for one in sixty, whose remainder is close to half a unit. With `bits=8` they
+    have 16 significant bits in three bytes.
 
     Parameters of other types are passed on as they are.
 
@@ -378,9 +378,7 @@ _CODES = {
 def _encode(rest: Array, after: Array, p: Array, r: Array, key: Any) -> Array:
     codes, chance = _CODES[r.dtype.itemsize], uniform(seed_of(key), p.shape)
     parts = jnp.abs(rest) / _last_place(after, p.dtype) * codes.parts
-    position = _position(parts, codes)
-    below = jnp.floor(position)
-    code = jnp.where(position - below > chance, below + 1, below)
+    code = up_or_down(_position(parts, codes), chance)
     code = jnp.where(jnp.isfinite(rest), jnp.minimum(code, codes.top), 0)
     code = (jnp.sign(rest) * code).astype(r.dtype)
     return jnp.where(after == 0, _encode_at_zero(rest, r, chance), code)

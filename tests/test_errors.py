@@ -288,6 +288,8 @@ CASES = (
     ("complex gradients, optax", lambda: update(SGD, put(GRADS16, W0, jnp.ones((4, 3), complex)), SGD_STATE, MODEL16), r"grads\.layers\[0\]\.weight has dtype complex64, but the optimizer state is for a real"),
     ("no gradient, optax", lambda: update(SGD, put(GRADS16, W0, None), SGD_STATE, MODEL16), r"grads\.layers\[0\]\.weight is None, but the optimizer state has an int16 array"),
     ("nothing to train, Compensated", lambda: init(COMPENSATED, {"n": 3}), "`params` has 1 leaves, but none of them is a floating-point"),
+    ("hyperparams of Compensated", lambda: hyperparams(COMPENSATED, STATE16), r"`optim` is a `Compensated`, which wraps an optimizer, .* Pass `optim.optim`, and with it `state.inner_state`"),
+    ("extend Compensated", lambda: eqx_ademamix.extend(COMPENSATED, STATE16, warmup=9), "`optim` is a `Compensated`, which wraps an optimizer"),
     ("bits a float", lambda: Compensated(OPTIM, bits=16.0), "`bits` is the float 16.0, but 8 or 16 was expected"),
     ("other bits", lambda: update(Compensated(OPTIM, bits=8), GRADS16, STATE16, MODEL16), r"state\.remainder\.layers\[0\]\.weight has dtype int16, but int8 was expected at `bits=8`"),
     ("state of the wrapped", lambda: update(COMPENSATED, GRADS16, STATE, MODEL16), "`state` is an `AdEMAMixState`, but a `CompensatedState` was expected"),
