@@ -33,8 +33,8 @@ from ._formats import (
     checked_format,
     compute_dtype,
     decode,
-    encode,
     in_type_of,
+    store,
     zeros,
 )
 from ._hyperparams import (
@@ -449,18 +449,18 @@ def _leaf_step(
     new_m2 = _average(m2, g, h.complement3)
     new_nu = _average(nu, abs_squared(g), h.complement2)
 
+    key = lambda i: (count, 3 * position + i)
+    new_m1, stored_m1 = (new_m1, None) if m1 is None else store(new_m1, m1, key(0))
+    new_m2, stored_m2 = store(new_m2, m2, key(1))
+    new_nu, stored_nu = store(new_nu, nu, key(2))
+
     m1_hat = new_m1 if m1 is None else over(new_m1, h.bias1)
     nu_hat = over(new_nu, h.bias2)
     u = over(m1_hat + times(h.alpha, new_m2), jnp.sqrt(nu_hat + h.eps_root) + h.eps)
     if is_decayed and p is not None:
         u = u + times(h.weight_decay, cast(p, real))
-
-    def stored(i: int, value: Array, before: Any) -> Any:
-        return encode(value, before, key=(count, 3 * position + i))
-
     update = in_type_of(like, times(-h.learning_rate, u))
-    stored_m1 = None if m1 is None else stored(0, new_m1, m1)
-    return update, stored(1, new_m2, m2), stored(2, new_nu, nu), stored_m1
+    return update, stored_m2, stored_nu, stored_m1
 
 
 def _average(moment: Array | Encoded, value: Array, complement: Array) -> Array:

@@ -421,8 +421,11 @@ def _encode_scaled(
     else:
         chance = np.float32(0.5) if seed is None else uniform(seed, value.shape)
         code = up_or_down(code, chance)
-    code = jnp.clip(code, 0 if grid.is_signed else 1, grid.top)
-    return (jnp.sign(value) * code).astype(grid.dtype), *parts
+    code = jnp.clip(code, 0 if grid.is_signed else 1, grid.top).astype(grid.dtype)
+    # The last operation is one on two arrays: XLA on CPUs computes one on a single array
+    # again wherever its result is used, and needs a copy of the old codes for it.
+    code = jnp.where(value < 0, -code, code) if grid.is_signed else code
+    return jnp.where(value == 0, jnp.zeros_like(code), code), *parts
 
 
 def _decode_scaled(
@@ -488,11 +491,13 @@ def _exponents(pattern: Array, block_size: int) -> Array:
     block of zeros, 255 for one that is not finite."""
     lead, length = _rows(pattern.shape)
     block = min(block_size, length) or 1
-    # As bytes, since the compiler may write them out before it reduces them.
-    rows = (pattern >> 23).astype(np.uint8).reshape(*lead, length)
+    rows = pattern.reshape(*lead, length)
     widths = [(0, 0)] * len(lead) + [(0, -length % block)]
-    blocks = jnp.pad(rows, widths).reshape(*lead, -(-length // block), block)
-    return jnp.max(blocks, axis=-1)
+    # In two stages, since XLA on CPUs writes out all that it reduces by more than 32.
+    stage = math.gcd(block, 16)
+    shape = (*lead, -(-length // block), block // stage, stage)
+    largest = jnp.max(jnp.pad(rows, widths).reshape(shape), axis=-1)
+    return jnp.max((largest >> 23).astype(np.uint8), axis=-1)
 
 
 def _spread(

@@ -326,6 +326,20 @@ def encode(value: Array, like: Any, key: Any = None) -> Any:
     return rounded(value, like.dtype)
 
 
+def store(value: Array, like: Any, key: Any) -> tuple[Array, Any]:
+    """Rounds a moment as `encode` does. Returns what of it goes into the update, and
+    what is stored.
+
+    What a codec stored goes into the update as it is read back. An update from the
+    exact value would need the old codes after they are overwritten, for which XLA on
+    CPUs copies all of them. As a dtype a moment goes into the update before it is
+    rounded, as in optax."""
+    stored = encode(value, like, key)
+    if isinstance(like, Encoded):
+        value = decode(stored).astype(value.dtype)
+    return value, stored
+
+
 def rounded(value: Array, dtype: np.dtype[Any]) -> Array:
     """`value` in another dtype. A finite number stays finite: an infinite moment would
     become a NaN at the next step."""

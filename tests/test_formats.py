@@ -249,23 +249,22 @@ def test_donation(name: str):
         assert all(x.is_deleted() for x in old if x.size > 1)
 
 
-def test_temporaries_of_a_step():
-    """The state and what a step needs beside it are less than a float32 state."""
+@pytest.mark.parametrize("name", ("float32", "half", "compact"))
+def test_temporaries_of_a_step(name: str):
+    """A step needs no copy of the state: a quarter of a byte a parameter at most."""
     params = [jnp.zeros((512, 512)) for _ in range(4)]
+    optim = AdEMAMix(1e-3, state_format=getattr(StateFormat, name)())
+    state = optim.init(params)
 
-    def bytes_of(fmt: StateFormat) -> int:
-        optim = AdEMAMix(1e-3, state_format=fmt)
-        state = optim.init(params)
+    def step(params: Any, state: Any, grads: Any) -> Any:
+        updates, state = optim.update(grads, state, params)
+        return eqx.apply_updates(params, updates), state
 
-        def step(params: Any, state: Any, grads: Any) -> Any:
-            updates, state = optim.update(grads, state, params)
-            return eqx.apply_updates(params, updates), state
-
-        jitted = jax.jit(step, donate_argnums=(0, 1))
-        memory: Any = jitted.lower(params, state, params).compile().memory_analysis()
-        return state_bytes(state) + memory.temp_size_in_bytes
-
-    assert bytes_of(StateFormat.compact()) < 0.75 * bytes_of(StateFormat.float32())
+    jitted = jax.jit(step, donate_argnums=(0, 1))
+    memory: Any = jitted.lower(params, state, params).compile().memory_analysis()
+    size = sum(x.size for x in params)
+    assert memory.alias_size_in_bytes >= state_bytes((params, state))
+    assert memory.temp_size_in_bytes <= 0.25 * size
 
 
 @pytest.mark.parametrize("spec", (("x", None), (None, "x")), ids=("first", "last"))
@@ -335,12 +334,13 @@ def test_other_parameters(dtype: str):
         assert isinstance(state.m2, Encoded)
         updates, after = jax.jit(optim.update)(params, state, params)
         assert updates.dtype == params.dtype and tree_type(after) == tree_type(state)
-        expected, _ = AdEMAMix(1e-2, weight_decay=0.1).update(
-            params, AdEMAMix(1e-2).init(params), params
-        )
-        np.testing.assert_allclose(
-            np.float64(updates), np.float64(expected), rtol=0.02, atol=1e-6
-        )
+        # What is stored is what the update was made from.
+        dense = jax.tree.map(np.float64, decoded(after))
+        step = dense.m1 / (1 - 0.9) + 5 * dense.m2
+        step = step / (np.sqrt(dense.nu / (1 - 0.999)) + 1e-8)
+        expected = -1e-2 * (step + 0.1 * np.float64(params))
+        rtol = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float64": 1e-12}[dtype]
+        np.testing.assert_allclose(np.float64(updates), expected, rtol=rtol)
 
 
 #
