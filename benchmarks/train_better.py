@@ -4,7 +4,8 @@ Trains the transformer of `examples/train_language_model.py` on its text, in all
 an hour on two cores. Each optimizer is run at four learning rates or more with the
 first seed: while the best is the lowest or the highest, the next one beyond it is
 tried, too. Then at its best rate with the other seeds, and AdamW also in longer runs,
-with schedules that span them: in how many steps does it reach AdEMAMix's final loss?
+with schedules that span them, until it reaches AdEMAMix's final loss: after how many
+steps?
 
 The held-out text is halved: the first half of the files chooses the learning rates, the
 other half gives the losses that are reported.
@@ -23,7 +24,16 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from _comparison import Comparison, Repeats, Result, Tuning, best, plot, summary
+from _comparison import (
+    Comparison,
+    Repeats,
+    Result,
+    Tuning,
+    best,
+    plot,
+    reported,
+    summary,
+)
 from _examples import (
     TITLES,
     Config,
@@ -58,8 +68,8 @@ class BetterConfig(Config):
     """How many are tried at most. The table shows if the best is still at the edge."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """The first chooses the learning rates. All are reported."""
-    longer: tuple[float, ...] = (1.5, 2.0)
-    """How much longer AdamW is trained for, too."""
+    longer: tuple[float, ...] = (1.25, 1.5, 2.0)
+    """How much longer AdamW is trained for, too: in turn, until it is as good."""
     # Options of the example that vary here from run to run, or that this one has not.
     resume: Suppress[Fixed[bool]] = False
     compare: Suppress[Fixed[bool]] = False
@@ -75,8 +85,10 @@ class BetterConfig(Config):
             )
         if not self.seeds:
             raise ValueError("seeds is empty, but at least one is needed")
-        if min(self.longer, default=2.0) <= 1:
-            raise ValueError(f"longer is {self.longer}, but must be factors above 1")
+        if [1.0, *self.longer] != sorted({1.0, *self.longer}):
+            raise ValueError(
+                f"longer is {self.longer}, but must be factors above 1 that rise"
+            )
 
     def one_run(self, name: OptimizerName, **changes: Any) -> Config:
         """The options of the example for one run."""
@@ -179,9 +191,24 @@ class Experiment:
         repeats: Repeats = {
             name: self.repeat(name, rates[name], steps) for name in NAMES
         }
-        lengths = [round(factor * steps) for factor in self.config.longer]
-        longer = {n: self.repeat("adamw", rates["adamw"], n) for n in lengths}
-        return Comparison(tuning, repeats, longer)
+        return Comparison(tuning, repeats, self.longer(rates["adamw"], repeats))
+
+    def longer(self, rate: float, repeats: Repeats) -> dict[int, list[Result]]:
+        """AdamW's longer runs by their lengths, until it is as good with all seeds."""
+        results: dict[int, list[Result]] = {}
+        last = repeats["adamw"]
+        for factor in self.config.longer:
+            if is_as_good(last, repeats["ademamix"]):
+                break
+            steps = round(factor * self.config.steps)
+            last = results[steps] = self.repeat("adamw", rate, steps)
+        return results
+
+
+def is_as_good(runs: Sequence[Result], others: Sequence[Result]) -> bool:
+    """Whether each run ends as low as the other one with the same seed."""
+    pairs = zip(reported(runs), reported(others), strict=True)
+    return all(loss <= other for loss, other in pairs)
 
 
 def next_rate(rates: Sequence[float], best: float) -> float | None:

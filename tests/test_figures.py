@@ -247,20 +247,21 @@ def test_experiment_tunes_repeats_and_trains_longer(
     module: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
     runs = fake_training(module, monkeypatch)
-    found = experiment(module, tmp_path, longer=(2.0, 3.0)).run()
+    found = experiment(module, tmp_path, longer=(1.5, 2.5, 3.0)).run()
     for name in ("adamw", "ademamix"):
         rates = sorted(found.tuning[name])
         assert rates == pytest.approx([1e-3, 2e-3, 4e-3, 8e-3, 16e-3])
         assert [run.settings["seed"] for run in found.repeats[name]] == [0, 1]
         assert found.repeats[name][0].settings["learning_rate"] == pytest.approx(8e-3)
-    assert list(found.adamw) == [1000, 2000, 3000]
-    assert found.steps_needed == pytest.approx([2000, 2000])
+    # As good at 2500 steps, so 3000 are not tried.
+    assert list(found.adamw) == [1000, 1500, 2500]
+    assert found.steps_needed == pytest.approx([math.sqrt(1500 * 2500)] * 2)
     # Five rates for each, one more seed for each, two longer runs with two seeds.
     assert len(runs) == 10 + 2 + 4
     table = module("_comparison").summary(found)
     assert "| AdamW | 0.008 | 1.0000 | best |" in table
-    assert "| AdamW | 2000 | 1.7920 | 1.7820 | 1.7870 | 0.0071 |" in table
-    assert "| 2000 | 2000 | 2000 |" in table
+    assert "| AdamW | 2500 | 1.7420 | 1.7320 | 1.7370 | 0.0071 |" in table
+    assert "| 1936 | 1936 | 1936 |" in table
 
 
 def test_finished_runs_are_not_repeated(
@@ -299,6 +300,7 @@ def test_text_to_choose_by_and_text_to_report_do_not_meet(module: Any):
         ({"rates": (2e-3, 1e-3)}, "must be two or more that rise"),
         ({"seeds": ()}, "seeds is empty"),
         ({"longer": (0.5,)}, "must be factors above 1"),
+        ({"longer": (2.0, 1.5)}, "must be factors above 1 that rise"),
     ),
 )
 def test_impossible_options(module: Any, options: Any, error: str):
