@@ -263,7 +263,6 @@ def test_temporaries_of_a_step(name: str):
     jitted = jax.jit(step, donate_argnums=(0, 1))
     memory: Any = jitted.lower(params, state, params).compile().memory_analysis()
     size = sum(x.size for x in params)
-    assert memory.alias_size_in_bytes >= state_bytes((params, state))
     assert memory.temp_size_in_bytes <= 0.25 * size
 
 
