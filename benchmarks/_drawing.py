@@ -32,6 +32,12 @@ def panels(count: int, width: float = 9.6, height: float = 4.0, **kwargs: Any) -
     return figure, figure.subplots(1, count, squeeze=False, **kwargs)[0]
 
 
+def mosaic(layout: str, width: float, height: float) -> Any:
+    """A figure, and its axes by the letters of a layout."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplot_mosaic(layout)
+
+
 def legend(axes: Axes, **kwargs: Any) -> None:
     axes.legend(**{"frameon": False, "fontsize": "small", **kwargs})
 

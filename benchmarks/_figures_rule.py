@@ -93,7 +93,7 @@ def schedules(path: Path, short: bool) -> list[Number]:
         linear = 0.1 + (1e-4 - 0.1) * times / steps
         early = 1 - float(b3.complement(1000))
     half_life = lambda complement: -np.log(2) / np.log1p(-complement)
-    figure, axes = panels(3, 12.6, 3.8)
+    figure, axes = panels(3, 9.6, 3.4)
     axes[0].plot(times, alphas, color=RED)
     axes[0].set(title="alpha", ylim=(0, 8.4))
     for x, color, label in (
@@ -104,7 +104,7 @@ def schedules(path: Path, short: bool) -> list[Number]:
         axes[2].plot(times, half_life(x), color=color)
     axes[1].set(title="1 - b3", yscale="log")
     axes[2].set(title="half-life of the slow average (steps)")
-    legend(axes[1], loc="center")
+    legend(axes[1], loc="center", fontsize="x-small")
     for one in axes:
         one.set(xlabel="step", xticks=[0, 128_000, 256_000])
     save(figure, path)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from _drawing import BLUE, RED, Number, legend, panels, save, shades
+from _drawing import BLUE, RED, Number, legend, mosaic, panels, save, shades
 from jaxtyping import Array, Float
 from matplotlib.axes import Axes
 
@@ -185,7 +185,8 @@ def _draw_figure_2(
     corrected: list[Descent],
     published: list[Descent],
 ) -> None:
-    figure, (plane, first, longer) = panels(3, 12.6, 4.4, width_ratios=(5, 4, 4))
+    figure, axes = mosaic("pf;pl", 9.6, 6.6)
+    plane, first, longer = axes["p"], axes["f"], axes["l"]
     contours(plane, rosenbrock, (-3.2, 3.2), (-3.5, 9), np.geomspace(1, 2e4, 14))
     colors = [*shades("Greys", len(adam)), RED, BLUE]
     for run, color in zip([*adam, *corrected], colors, strict=True):
@@ -203,9 +204,9 @@ def _draw_figure_2(
     plane.set(xlabel="x", ylabel="y", title="5000 steps from the dot; minimum: star")
     first.set_title("distance to the minimum")
     longer.set(title="distance, and how it goes on", ylim=(1e-5, 30))
-    for axes in (first, longer):
-        axes.set(xlabel="step", yscale="log")
-        legend(axes)
+    for each in (first, longer):
+        each.set(xlabel="step", yscale="log")
+        legend(each, loc="lower left", fontsize="x-small")
     save(figure, path)
 
 

@@ -68,8 +68,6 @@ _Moments: TypeAlias = PyTree[Inexact[Array | Encoded, "?*leaf"], "Params"]
 _Squares: TypeAlias = PyTree[Float[Array | Encoded, "?*leaf"], "Params"]
 _Bools: TypeAlias = PyTree[bool, "Params"]
 
-_FLOAT32 = StateFormat.float32()
-
 
 class AdEMAMixState(eqx.Module):
     r"""The state of [`eqx_ademamix.AdEMAMix`][]. Arrays only.
@@ -220,7 +218,7 @@ class AdEMAMix(AbstractOptimizer[AdEMAMixState]):
         weight_decay: HyperParamLike = 0.0,
         weight_decay_mask: FilterSpec = True,
         trainable: FilterSpec = True,
-        state_format: StateFormat = _FLOAT32,
+        state_format: StateFormat = StateFormat.float32(),
     ):
         r"""**Arguments:**
 

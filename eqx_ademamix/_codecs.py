@@ -422,8 +422,8 @@ def _encode_scaled(
         chance = np.float32(0.5) if seed is None else uniform(seed, value.shape)
         code = up_or_down(code, chance)
     code = jnp.clip(code, 0 if grid.is_signed else 1, grid.top).astype(grid.dtype)
-    # The last operation is one on two arrays: XLA on CPUs computes one on a single array
-    # again wherever its result is used, and needs a copy of the old codes for it.
+    # The last operation is one on two arrays: what is one on a single array XLA on CPUs
+    # computes again wherever it is used, and copies the old codes for that.
     code = jnp.where(value < 0, -code, code) if grid.is_signed else code
     return jnp.where(value == 0, jnp.zeros_like(code), code), *parts
 
