@@ -243,8 +243,8 @@ class AdEMAMix(AbstractOptimizer[AdEMAMixState]):
             to a bool. Usually [`eqx_ademamix.decay_mask`][]`(model)`.
         - `trainable`: a filter spec that chooses, among the model's inexact arrays,
             those that are trained. All others have no state, and `None` for an update.
-        - `state_format`: a [`eqx_ademamix.StateFormat`][]: the dtypes of the state. By
-            default float32, or the parameter's own wider type.
+        - `state_format`: a [`eqx_ademamix.StateFormat`][]: how the moments are stored.
+            By default as float32, or as the parameter's own wider type.
 
         Schedules are called with the number of steps taken before the present one (0,
         1, 2, ...), as in optax; the paper's $t$ is one more.

@@ -23,7 +23,9 @@ class StateFormat(eqx.Module):
     r"""How the three moments are stored: each as a dtype or by a codec.
 
     All arithmetic is in float32 or better whatever is chosen here; only what is kept
-    from one step to the next is rounded.
+    from one step to the next is rounded. The update is made from a moment before it is
+    rounded to a dtype, as in optax, but after it was stored by a codec, so that a
+    donated state is overwritten in place: see [Low precision](precision.md#memory).
 
     A dtype: float32 is a lower bound that wider parameters exceed, so a float64
     parameter has float64 moments. A complex parameter has complex `m1` and `m2`,
