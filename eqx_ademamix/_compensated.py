@@ -69,8 +69,8 @@ class Compensated(AbstractOptimizer[CompensatedState]):
     $$
     \begin{align*}
     t &= (\theta + r) + u \\
-    u_{16} &= \operatorname{round}_{16}(\operatorname{round}_{16}(t) - \theta) \\
-    \theta &\leftarrow \operatorname{round}_{16}(\theta + u_{16}) \\
+    u_{16} &= \text{round}_{16}(\text{round}_{16}(t) - \theta) \\
+    \theta &\leftarrow \text{round}_{16}(\theta + u_{16}) \\
     r &\leftarrow t - \theta
     \end{align*}
     $$

@@ -261,7 +261,7 @@ def tree_bias_correction(
 ) -> PyTree[Any]:
     r"""Corrects a moving average that started at zero: $\hat m = m / (1 - \beta^t)$.
 
-    The divisor is $-\operatorname{expm1}(t \log \beta)$, which is exact to the last
+    The divisor is $-\text{expm1}(t \log \beta)$, which is exact to the last
     digits for small $t$ and for $\beta$ near 1.
 
     **Arguments:**
