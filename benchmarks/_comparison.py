@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
-from _drawing import GRAY, RED, legend, panels, save
+from _drawing import GRAY, RED, legend, panels, save, shades
 from _examples import TITLES, OptimizerName
 from matplotlib.axes import Axes
 
@@ -176,8 +176,9 @@ def plot(comparison: Comparison, path: Path) -> None:
     """Losses over the steps, with their range over the seeds, and the final losses of
     AdamW by the length of the run."""
     figure, (over_steps, final) = panels(2, 10.5, 4.2)
-    for steps, runs in comparison.longer.items():
-        _band(over_steps, runs, "silver", f"AdamW, {steps} steps")
+    longer = comparison.longer
+    for color, steps in zip(shades("Blues", len(longer)), longer, strict=True):
+        _band(over_steps, longer[steps], color, f"AdamW, {steps} steps")
     colors: dict[OptimizerName, str] = {"adamw": GRAY, "ademamix": RED}
     for name, color in colors.items():
         runs = comparison.repeats[name]

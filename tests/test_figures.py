@@ -2,6 +2,7 @@
 
 import importlib
 import math
+import types
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,6 +14,7 @@ from .helpers import reference_init, reference_step, x64
 
 
 ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
 
 
 @pytest.fixture
@@ -280,6 +282,24 @@ def test_finished_runs_are_not_repeated(
     assert again.steps_needed == first.steps_needed
     experiment(module, tmp_path, alpha=4.0).run()
     assert len(runs) == 2 * done + 2  # no run is that of another setting
+
+
+def test_the_page_says_what_the_experiment_found(
+    module: Any, monkeypatch: pytest.MonkeyPatch
+):
+    """The tables are those of the runs in `docs/train_better.jsonl`."""
+    train_better, comparison = module("train_better"), module("_comparison")
+    ledger = train_better.Ledger(DOCS / "train_better.jsonl")
+    text = types.SimpleNamespace(fingerprint=ledger.results[0].settings["text"])
+    found = train_better.Experiment(train_better.BetterConfig(), text)
+    found.ledger = ledger
+    monkeypatch.setattr(train_better, "train", None)  # there is nothing left to train
+    tables = comparison.summary(found.run())
+    page = (DOCS / "reproductions.md").read_text()
+    rows = [line for line in tables.splitlines() if line.startswith("|")]
+    assert len(rows) == 19
+    for row in rows:
+        assert row in page
 
 
 def test_text_to_choose_by_and_text_to_report_do_not_meet(module: Any):
