@@ -1,8 +1,8 @@
 """What storing the slow average `m2` in fewer bytes does to it, and to training.
 
-    python benchmarks/precision.py            # the table and the plot, two minutes
+    python benchmarks/precision.py            # the table and the plot, a minute
     python benchmarks/precision.py --memory   # peak memory of a step
-    python benchmarks/precision.py --train    # three seeds of each format, an hour
+    python benchmarks/precision.py --train    # three seeds of each, two hours
 
 The protocol of the table: 4096 elements whose gradients have log-normal scales sigma,
 the mean 0.05 sigma (times a normal number) and noise sigma; b3 = 0.9999; 40 000 steps;

@@ -70,3 +70,15 @@ def test_a_spike_is_seen(monkeypatch):
     assert training.largest_rise(losses) == 0.0
     losses[100:140] += 0.5
     assert 0.3 < training.largest_rise(losses) < 0.5
+
+
+def test_the_page_says_what_the_trainings_found(monkeypatch):
+    training = benchmark("_precision_training", monkeypatch)
+    docs = BENCHMARKS.parent / "docs"
+    found = training.read_outcomes(docs / "precision_training.csv")
+    page = (docs / "precision.md").read_text()
+    for name in training.VARIANTS:
+        losses = [o.validation_loss for o in sorted(found) if o.variant == name]
+        assert len(losses) == 3
+        cells = " ".join(f"{loss:.4f}" for loss in losses)
+        assert f"| {cells} | {np.mean(losses):.4f} |" in page, name
