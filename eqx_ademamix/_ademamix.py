@@ -165,8 +165,9 @@ class AdEMAMix(AbstractOptimizer[AdEMAMixState]):
     $\alpha = 0$ is AdamW.
 
     Every hyperparameter is a field. A Python number is static under `eqx.filter_jit`: a
-    new one means a new compilation. An array of shape `()` is traced: a new value does
-    not, and a batch of them, under `eqx.filter_vmap`, makes a sweep one program.
+    new one means a new compilation. An array of shape `()` is traced: a new value
+    compiles nothing, and a batch of them, under `eqx.filter_vmap`, makes a sweep one
+    program.
 
     An optimizer also stands wherever optax takes one by its `init` and `update`. In
     `optax.inject_hyperparams` what is no number, and no schedule that optax should

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int32, UInt32
 
 from ._checks import describe, no_type_check
@@ -73,7 +75,7 @@ class AbstractCodec(eqx.Module):
 
         **Returns:**
 
-        A codec that decodes no positive number to zero.
+        A codec that decodes no positive normal number of float32 to zero.
         """
 
     @no_type_check
@@ -130,11 +132,13 @@ class AbstractCodec(eqx.Module):
 
         What stands in the state in the moment's place.
         """
-        structs = part_structs(self, like.shape)
+        first, *rest = part_structs(self, like.shape)
 
         def parts() -> tuple[Array, ...]:
-            first = jnp.zeros_like(like, dtype=structs[0].dtype)
-            return first, *(jnp.zeros(x.shape, x.dtype) for x in structs[1:])
+            codes = jnp.zeros_like(like, dtype=first.dtype)
+            if _has_typed_sharding(like):
+                return codes, *_zeros_beside(self, like)
+            return codes, *(jnp.zeros(x.shape, x.dtype) for x in rest)
 
         return Encoded(self, parts(), parts() if jnp.iscomplexobj(like) else None)
 
@@ -154,6 +158,24 @@ class AbstractCodec(eqx.Module):
         total = sum(x.size * x.dtype.itemsize for x in structs)
         size = math.prod(shape)
         return total / size if size else math.nan
+
+
+def _has_typed_sharding(x: Any) -> bool:
+    """Whether the sharding is a part of the array's type, in which the parts of a state
+    must not change from `init` to `update`."""
+    return isinstance(x, Tracer) or _is_explicit(getattr(x, "sharding", None))
+
+
+def _is_explicit(sharding: Any) -> bool:
+    kinds = getattr(getattr(sharding, "mesh", None), "axis_types", None)
+    return any(getattr(kind, "name", "") == "Explicit" for kind in kinds or ())
+
+
+@ft.partial(jax.jit, static_argnums=0)
+def _zeros_beside(codec: AbstractCodec, like: Array) -> list[Array]:
+    """Zeros for all parts but the first, sharded as `encode_real` shards them."""
+    parts = codec.encode_real(jnp.zeros_like(like, dtype=np.float32), None)
+    return [jnp.zeros_like(x) for x in parts[1:]]
 
 
 @ft.cache
@@ -491,13 +513,36 @@ def _exponents(pattern: Array, block_size: int) -> Array:
     block of zeros, 255 for one that is not finite."""
     lead, length = _rows(pattern.shape)
     block = min(block_size, length) or 1
-    rows = pattern.reshape(*lead, length)
-    widths = [(0, 0)] * len(lead) + [(0, -length % block)]
+    rows = _padded(_with_whole_rows(pattern, block).reshape(*lead, length), block)
+    blocks = rows.reshape(*lead, -(-length // block), block)
     # In two stages, since XLA on CPUs writes out all that it reduces by more than 32.
-    stage = math.gcd(block, 16)
-    shape = (*lead, -(-length // block), block // stage, stage)
-    largest = jnp.max(jnp.pad(rows, widths).reshape(shape), axis=-1)
-    return jnp.max((largest >> 23).astype(np.uint8), axis=-1)
+    stages = _padded(blocks, 16).reshape(*blocks.shape[:-1], -(-block // 16), 16)
+    return jnp.max((jnp.max(stages, axis=-1) >> 23).astype(np.uint8), axis=-1)
+
+
+def _with_whole_rows(x: Array, block: int) -> Array:
+    """An array whose rows no device has only a part of, if their sharding is a part of
+    the type and does not divide the blocks: it could not be reshaped else."""
+    sharding = (
+        getattr(jax.typeof(x), "sharding", None) if hasattr(jax, "typeof") else None
+    )
+    lead, length = _rows(x.shape)
+    if not _is_explicit(sharding) or sharding is None:
+        return x
+    kept = sharding.spec[: len(lead)]
+    split = [name for names in sharding.spec[len(lead) :] for name in _names(names)]
+    parts = math.prod(sharding.mesh.shape[name] for name in split)
+    is_whole = x.ndim == len(lead) + 1 and length % (block * parts) == 0
+    return x if is_whole or not split else jax.sharding.reshard(x, P(*kept))
+
+
+def _names(names: Any) -> tuple[str, ...]:
+    return () if names is None else names if isinstance(names, tuple) else (names,)
+
+
+def _padded(x: Array, multiple: int) -> Array:
+    """Pads the last axis with zeros."""
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % multiple)])
 
 
 def _spread(

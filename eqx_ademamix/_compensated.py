@@ -80,7 +80,7 @@ class Compensated(AbstractOptimizer[CompensatedState]):
     in the last place of $\theta$. Mostly it is at most half of one; where a step is
     larger than the parameter it can be many, since $u_{16}$ has no digits for them. So
     the largest integers stand for ever larger remainders. What lies between two is
-    rounded at random such that the mean is exact.
+    rounded at random such that the mean is exact, if the two are evenly spaced.
 
     With `bits=16` a bfloat16 parameter and its remainder have 24 significant bits in
     four bytes, those of float32, and take the steps of a float32 parameter bit for bit
@@ -330,8 +330,10 @@ def _split(
 
 def _split_leaf(u: Array, wide: Array, p: Array, r: Array, key: Any) -> Any:
     target = wide + u.astype(np.float32)
-    update = _in_precision_of(p, _in_precision_of(p, target) - _wide(p))
-    after = _in_precision_of(p, _wide(p) + update)
+    rounded, before = _in_precision_of(p, target), _wide(p)
+    # An infinite parameter stays as it is, though infinity minus itself is no number.
+    update = jnp.where(rounded == before, 0, _in_precision_of(p, rounded - before))
+    after = _in_precision_of(p, before + update)
     return update.astype(p.dtype), _encode(target - after, after, p, r, key)
 
 

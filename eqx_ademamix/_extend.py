@@ -30,7 +30,7 @@ def extend(optim: AdEMAMix, state: AdEMAMixState, *, warmup: float) -> AdEMAMix:
         [`eqx_ademamix.alpha_scheduler`][] or [`eqx_ademamix.beta3_scheduler`][]. A
         constant stays what it is.
     - `state`: its state, with concrete counters: call this outside of `jit`.
-    - `warmup`: the new length, counted from the beginning of the run as at
+    - `warmup`: the new length, counted from the beginning of the slow average as at
         construction. The present values are computed in float64.
 
     **Returns:**
@@ -96,7 +96,7 @@ def _extended(name: str, schedule: Any, count: int, length: float) -> Any:
         raise ValueError(
             f"`warmup` is {length:g}, but {now:g} steps of the warm-up of "
             f"`{name}` have been taken already. Pass a larger number, counted from the "
-            "beginning of the run."
+            "beginning of the slow average."
         )
     done = _done(schedule, now)
     if isinstance(schedule, AlphaSchedule):

@@ -26,6 +26,8 @@ class StateFormat(eqx.Module):
     from one step to the next is rounded. The update is made from a moment before it is
     rounded to a dtype, as in optax, but after it was stored by a codec, so that a
     donated state is overwritten in place: see [Low precision](precision.md#memory).
+    Derivatives through an update are those without this rounding, and do not go through
+    a state that a codec stored.
 
     A dtype: float32 is a lower bound that wider parameters exceed, so a float64
     parameter has float64 moments. A complex parameter has complex `m1` and `m2`,
@@ -338,8 +340,20 @@ def store(value: Array, like: Any, key: Any) -> tuple[Array, Any]:
     rounded, as in optax."""
     stored = encode(value, like, key)
     if isinstance(like, Encoded):
-        value = decode(stored).astype(value.dtype)
+        value = _read_back(value, decode(stored).astype(value.dtype))
     return value, stored
+
+
+@jax.custom_jvp
+def _read_back(value: Array, decoded: Array) -> Array:
+    """What was decoded, with the derivative of what was encoded: that of rounding is
+    zero, and would make the update's a silent zero."""
+    return decoded
+
+
+@_read_back.defjvp
+def _read_back_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
+    return primals[1], tangents[0]
 
 
 def rounded(value: Array, dtype: np.dtype[Any]) -> Array:

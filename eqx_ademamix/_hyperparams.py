@@ -93,19 +93,24 @@ def resolve(name: str, value: Any, count: Array) -> Float[Array, ""]:
 def resolve_complement(name: str, value: Any, count: Array) -> Float[Array, ""]:
     """`1 - value` for a decay, from the widest numbers there are: cancellation would
     cost `1 - 0.999999` all but one of its digits in float32."""
-    if isinstance(value, float):
-        return wide(1.0 - value)
     if hasattr(value, "complement"):
         return resolve(f"{name}.complement", value.complement, count)
-    return 1.0 - resolve_decay(name, value, count)
+    out = value(count) if is_schedule(value) else value
+    if isinstance(out, float):
+        return wide(1.0 - out)
+    return 1.0 - _resolved_decay(name, value, out)
 
 
 def resolve_decay(name: str, value: Any, count: Array) -> Float[Array, ""]:
     """As `resolve`, for a decay, which must not have been rounded to 16 bits."""
-    out = value(count) if is_schedule(value) else value
+    return _resolved_decay(name, value, value(count) if is_schedule(value) else value)
+
+
+def _resolved_decay(name: str, value: Any, out: Any) -> Float[Array, ""]:
     name = f"{name}(count)" if is_schedule(value) else name
     _check_precision(name, out)
-    return resolve(name, out, count)
+    check_real_scalar(name, out)
+    return wide(out)
 
 
 def decay_complement(name: str, value: Any) -> Float[Array, ""]:

@@ -41,7 +41,7 @@ def main() -> None:
     model = eqx.nn.MLP(64, 10, width_size=128, depth=2, key=jax.random.key(0))
     optim = eqx_ademamix.AdEMAMix(
         learning_rate=optax.cosine_decay_schedule(4e-3, NUM_STEPS),
-        b3=eqx_ademamix.beta3_scheduler(0.999, 0.9, warmup=NUM_STEPS),
+        b3=eqx_ademamix.beta3_scheduler(0.99, 0.9, warmup=NUM_STEPS),
         alpha=eqx_ademamix.alpha_scheduler(5.0, warmup=NUM_STEPS),
         weight_decay=0.1,
         weight_decay_mask=eqx_ademamix.decay_mask(model),

@@ -219,6 +219,13 @@ def test_what_the_update_uses_for_one_minus_b3(b3: float, scheduled: bool, wide:
             assert abs(float(state.m2) / exact - 1) <= (1e-9 if wide else 1e-6)
 
 
+def test_a_function_that_returns_python_floats_loses_nothing():
+    optim = eqx_ademamix.AdEMAMix(1e-3, b3=lambda count: 0.999999)
+    _, state = optim.update(jnp.ones(()), optim.init(jnp.ones(())))
+    assert abs(float(state.m2) / 1e-6 - 1) <= 1e-6
+    assert eqx_ademamix.hyperparams(optim, state).b3 == jnp.float32(0.999999)
+
+
 def test_bias_correction_is_exact_at_the_first_step():
     """The first step of Adam has size `lr` whatever the gradient and the decays."""
     for b1, b2 in ((0.9, 0.999), (0.5, 0.5), (0.999, 0.999999), (0.0, 0.0)):

@@ -159,6 +159,21 @@ def test_what_is_not_finite_stays_so():
     assert np.array_equal(np.isfinite(master), [True, False, False, False])
 
 
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("dtype", HALVES)
+def test_infinite_parameters_stay_as_they_are(dtype: str, bits: int):
+    """As those of a mask that is an array do without `Compensated`."""
+    params = jnp.asarray([0.0, -jnp.inf, jnp.inf, 1.0], dtype)
+    optim = Compensated(AdEMAMix(1e-3), bits)
+    state = optim.init(params)
+    for grads in (jnp.zeros_like(params), jnp.ones_like(params)):
+        updates, state = optim.update(grads, state, params)
+        params = eqx.apply_updates(params, updates)
+        assert np.array_equal(params[1:3], [-np.inf, np.inf])
+        assert np.array_equal(optim.master_params(params, state)[1:3], params[1:3])
+    assert np.all(np.isfinite(params[jnp.array([0, 3])]))
+
+
 #
 # A run
 #

@@ -1,5 +1,6 @@
 """Encoded states under everything that a dense state lives under."""
 
+import contextlib
 from typing import Any
 
 import equinox as eqx
@@ -249,10 +250,11 @@ def test_donation(name: str):
         assert all(x.is_deleted() for x in old if x.size > 1)
 
 
+@pytest.mark.parametrize("shape", ((512, 512), (4000, 67), (1000, 300)), ids=str)
 @pytest.mark.parametrize("name", ("float32", "half", "compact"))
-def test_temporaries_of_a_step(name: str):
-    """A step needs no copy of the state: a quarter of a byte a parameter at most."""
-    params = [jnp.zeros((512, 512)) for _ in range(4)]
+def test_temporaries_of_a_step(name: str, shape: tuple[int, ...]):
+    """A step needs no copy of the state: a third of a byte a parameter at most."""
+    params = [jnp.zeros(shape) for _ in range(4)]
     optim = AdEMAMix(1e-3, state_format=getattr(StateFormat, name)())
     state = optim.init(params)
 
@@ -263,7 +265,7 @@ def test_temporaries_of_a_step(name: str):
     jitted = jax.jit(step, donate_argnums=(0, 1))
     memory: Any = jitted.lower(params, state, params).compile().memory_analysis()
     size = sum(x.size for x in params)
-    assert memory.temp_size_in_bytes <= 0.25 * size
+    assert memory.temp_size_in_bytes <= 0.35 * size
 
 
 @pytest.mark.parametrize("spec", (("x", None), (None, "x")), ids=("first", "last"))
@@ -289,6 +291,52 @@ def test_sharding(spec: tuple[Any, ...]):
     # Codes may differ by one where the compiler rounds the arithmetic otherwise.
     for a, b in zip(jtu.tree_leaves(sharded), jtu.tree_leaves(plain), strict=True):
         assert np.mean(np.asarray(a) != np.asarray(b)) < 1e-3 or max_error(a, b) < 1e-6
+
+
+@pytest.mark.parametrize("spec", (("x", None), (None, "x")), ids=("first", "last"))
+@pytest.mark.parametrize("name", ("half", "compact"))
+def test_sharding_that_is_a_part_of_the_type(name: str, spec: tuple[Any, ...]):
+    """As that of `jax.make_mesh` is: a state is a carry of `scan` there, too, also if
+    the devices do not divide the blocks."""
+    is_typed = hasattr(jax, "set_mesh")
+    mesh = jax.make_mesh((8,), ("x",)) if is_typed else Mesh(jax.devices(), ("x",))
+    optim = AdEMAMix(1e-3, state_format=getattr(StateFormat, name)())
+    grads = jnp.asarray(np.random.default_rng(0).normal(size=(64, 1024)), jnp.float32)
+
+    def run(grads: Any) -> Any:
+        def body(state: Any, _: None) -> Any:
+            updates, state = optim.update(grads, state)
+            return state, updates
+
+        return jax.lax.scan(body, optim.init(grads), None, length=3)
+
+    plain = run(grads)
+    with jax.set_mesh(mesh) if is_typed else contextlib.nullcontext():
+        sharded = run(jax.device_put(grads, NamedSharding(mesh, PartitionSpec(*spec))))
+        assert sharded[1].sharding.is_equivalent_to(
+            NamedSharding(mesh, PartitionSpec(None, *spec)), 3
+        )
+        dense = jax.tree.map(np.asarray, (decoded(sharded[0]), sharded[1]))
+    expected = decoded(plain[0]), plain[1]
+    assert_trees_close(jax.tree.map(jnp.asarray, dense), expected, 1e-2)
+
+
+@pytest.mark.parametrize("name", ("half", "compact"))
+def test_derivatives_through_an_update(name: str):
+    """Rounding has none: they are those of float32, and not zero."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(16, 256)), jnp.float32)
+
+    def slope(fmt: StateFormat) -> Any:
+        optim = AdEMAMix(1e-3, eps_root=1e-8, state_format=fmt)
+        state = optim.init(x)
+        weights = jnp.arange(256, dtype=jnp.float32)[None]
+        total = lambda g: jnp.sum(weights * optim.update(g, state)[0])
+        return jax.grad(total)(1e-4 * x)
+
+    found = slope(getattr(StateFormat, name)())
+    exact = slope(StateFormat.float32())
+    error = jnp.linalg.norm(found - exact) / jnp.linalg.norm(exact)
+    assert error <= {"half": 0.01, "compact": 0.25}[name]
 
 
 def test_b1_zero_and_params_left_out():
