@@ -7,16 +7,50 @@ to see that all can be drawn: `--short`, which writes to `runs/figures`.
 
 import argparse
 import csv
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+import precision
+from _comparison import plot as plot_comparison
+from _comparison import reported
 from _drawing import Number
 from _figures_forgetting import forgetting
 from _figures_rule import past_gradients, schedules, update_norm, what_alpha_does
-from _figures_toy import figure_2, figure_18
+from _figures_toy import figure_2, figure_18, float64
+from train_better import recorded
 
 
 ROOT = Path(__file__).parents[1]
+
+
+def train_better(path: Path, short: bool) -> list[Number]:
+    """The comparison with AdamW, from the runs that are recorded in the docs."""
+    found = recorded(ROOT / "docs/train_better.jsonl")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plot_comparison(found, path)
+    runs = {f"AdamW, {steps} steps": runs for steps, runs in found.adamw.items()}
+    runs["AdEMAMix, 8000 steps"] = found.repeats["ademamix"]
+    losses = (
+        Number(f"{name}: mean loss", statistics.mean(reported(each)), 5)
+        for name, each in runs.items()
+    )
+    return [*losses, Number("steps that AdamW needs", found.steps_needed_by_mean)]
+
+
+def storage_formats(path: Path, short: bool) -> list[Number]:
+    """The slow average in each storage format against float64."""
+    steps = 800 if short else 40_000
+    with float64():
+        outcomes = [precision.measure(s, steps, 0) for s in precision.STORAGES]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    precision.plot(path, outcomes, steps)
+    return [
+        Number(f"{o.name}: error of m2 at the end", o.relative_error, 2)
+        for o in outcomes
+    ]
+
+
 # Each draws to a path, at a short length if asked to, and returns its numbers.
 FIGURES: dict[str, Callable[[Path, bool], list[Number]]] = {
     "figure_18": figure_18,
@@ -26,6 +60,8 @@ FIGURES: dict[str, Callable[[Path, bool], list[Number]]] = {
     "what_alpha_does": what_alpha_does,
     "update_norm": update_norm,
     "forgetting": forgetting,
+    "train_better": train_better,
+    "precision": storage_formats,
 }
 
 Row = tuple[str, str, str]

@@ -19,6 +19,7 @@ import json
 import os
 import sys
 import time
+import types
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -209,6 +210,15 @@ def is_as_good(runs: Sequence[Result], others: Sequence[Result]) -> bool:
     """Whether each run ends as low as the other one with the same seed."""
     pairs = zip(reported(runs), reported(others), strict=True)
     return all(loss <= other for loss, other in pairs)
+
+
+def recorded(path: Path) -> Comparison:
+    """What the finished runs in a file say, whatever text they were trained on."""
+    ledger = Ledger(path)
+    text: Any = types.SimpleNamespace(fingerprint=ledger.results[0].settings["text"])
+    experiment = Experiment(BetterConfig(), text)
+    experiment.ledger = ledger
+    return experiment.run()
 
 
 def next_rate(rates: Sequence[float], best: float) -> float | None:

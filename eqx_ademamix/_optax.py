@@ -430,7 +430,7 @@ def from_optax(opt_state: Any, optim: AdEMAMix, params: PyTree[Any]) -> AdEMAMix
 
 @no_type_check
 def to_optax(state: AdEMAMixState) -> optax.contrib.ScaleByAdemamixState:
-    """Takes a run to `optax.contrib.ademamix`, without loss.
+    """Takes a run to `optax.contrib.ademamix`, without loss. Codes are decoded.
 
     **Arguments:**
 

@@ -2,7 +2,6 @@
 
 import importlib
 import math
-import types
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -289,12 +288,8 @@ def test_the_page_says_what_the_experiment_found(
 ):
     """The tables are those of the runs in `docs/train_better.jsonl`."""
     train_better, comparison = module("train_better"), module("_comparison")
-    ledger = train_better.Ledger(DOCS / "train_better.jsonl")
-    text = types.SimpleNamespace(fingerprint=ledger.results[0].settings["text"])
-    found = train_better.Experiment(train_better.BetterConfig(), text)
-    found.ledger = ledger
     monkeypatch.setattr(train_better, "train", None)  # there is nothing left to train
-    tables = comparison.summary(found.run())
+    tables = comparison.summary(train_better.recorded(DOCS / "train_better.jsonl"))
     page = (DOCS / "reproductions.md").read_text()
     rows = [line for line in tables.splitlines() if line.startswith("|")]
     assert len(rows) == 19
