@@ -1,4 +1,4 @@
-"""Checkpoints: one line of JSON, then the arrays of a PyTree, in one file."""
+"""Checkpoint files: one line of JSON, followed by the arrays of a PyTree."""
 
 import json
 import os
@@ -18,7 +18,7 @@ class CheckpointError(Exception):
 
 
 def save(path: Path, header: Json, tree: Any) -> None:
-    """Writes a checkpoint: all of it, or none, whatever happens meanwhile."""
+    """Writes a checkpoint atomically: either the whole file or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -43,18 +43,18 @@ def read_header(path: Path) -> Json:
 
 
 def check_settings(path: Path, settings: Json) -> None:
-    """Complains unless there is a checkpoint whose header has these "settings"."""
+    """Raises an error unless the checkpoint exists and has these settings."""
     found = read_header(path).get("settings", {})
     names = [name for name in settings if found.get(name) != settings[name]]
     if names:
         changes = ", ".join(f"{n}={found.get(n)} (now {settings[n]})" for n in names)
         raise CheckpointError(
-            f"Cannot resume from {path}, which was made with other settings: {changes}."
+            f"Cannot resume from {path}, which has different settings: {changes}."
         )
 
 
 def load(path: Path, like: Tree) -> tuple[Json, Tree]:
-    """Reads the header and the tree of a checkpoint."""
+    """Reads the header and the tree from a checkpoint."""
     header = read_header(path)
     with path.open("rb") as file:
         file.readline()
@@ -62,5 +62,5 @@ def load(path: Path, like: Tree) -> tuple[Json, Tree]:
             tree = eqx.tree_deserialise_leaves(file, like)
         except (ValueError, RuntimeError, EOFError, OSError) as error:
             raise CheckpointError(f"{path} is damaged.") from error
-    # The arrays may still lie in memory that NumPy owns. Copies can safely be donated.
+    # NumPy may still own the memory of these arrays. It is safe to donate copies.
     return header, jax.tree.map(lambda x: x.copy() if eqx.is_array(x) else x, tree)

@@ -1,4 +1,4 @@
-"""The command line of `train_language_model.py`."""
+"""Command-line options of `train_language_model.py`."""
 
 import dataclasses
 from pathlib import Path
@@ -7,49 +7,52 @@ from typing import Literal
 
 OptimizerName = Literal["adamw", "ademamix"]
 
-# The best of 2e-3, 4e-3, 8e-3 and 16e-3 for both (`benchmarks/train_better.py`).
+# The best of 2e-3, 4e-3, 8e-3, and 16e-3 for both (`benchmarks/train_better.py`).
 _LEARNING_RATES: dict[OptimizerName, float] = {"adamw": 8e-3, "ademamix": 8e-3}
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Trains a byte-level transformer on text, by default on the source code of
-    Python's standard library."""
+    """Trains a byte-level transformer on text."""
 
     data: Path | None = None
-    """A text file, or a folder of text files, to train on instead."""
+    """A text file or a folder of text files to train on. The default is the source code
+    of Python's standard library."""
     out: Path = Path("runs/language_model")
     """The folder for checkpoints and the plot."""
     plot: Path | None = None
-    """Where to draw the losses. By default OUT/loss.png."""
+    """Path of the loss plot. The default is OUT/loss.png."""
     resume: bool = False
-    """Go on from the checkpoint in the folder, to the same numbers bit for bit."""
+    """Continue from the checkpoint in OUT. The results match an uninterrupted run bit
+    for bit."""
     compare: bool = False
-    """Train with AdamW and with AdEMAMix, from the same start on the same batches."""
+    """Train with AdamW and with AdEMAMix, from the same initial weights and on the same
+    batches."""
     optimizer: OptimizerName = "ademamix"
-    """What to train with if not comparing."""
+    """The optimizer to train with. Ignored with --compare."""
     steps: int = 8000
-    """The number of steps, which all schedules span."""
+    """The number of steps. Every schedule spans all of them."""
     learning_rate: float | None = None
-    """The peak of the learning rate. By default 8e-3, which is good for both."""
+    """The peak learning rate. The default is 8e-3, which works well for both
+    optimizers."""
     alpha: float = 5.0
     """AdEMAMix: the final weight of the slow average of the gradients."""
     b3: float = 0.999
-    """AdEMAMix: the final decay of the slow average."""
+    """AdEMAMix: the final decay rate of the slow average."""
     weight_decay: float = 0.1
-    """Acts on matrices, neither on biases nor on norms."""
+    """The weight decay. It applies to matrices, but not to biases or norms."""
     width: int = 64
-    """The size of the vectors that flow through the transformer."""
+    """The size of the hidden vectors of the transformer."""
     depth: int = 2
-    """The number of its blocks."""
+    """The number of transformer blocks."""
     heads: int = 4
-    """The number of attention heads, a divisor of the width."""
+    """The number of attention heads. It must divide the width."""
     context: int = 64
-    """The number of bytes that it sees at once."""
+    """The number of bytes that the model sees at once."""
     batch_size: int = 16
-    """The number of windows of text in a batch."""
+    """The number of text windows in each batch."""
     seed: int = 0
-    """Decides on the initial weights, the batches and the sample of text."""
+    """The seed for the initial weights, the batches, and the generated text."""
 
     def __post_init__(self):
         for name in ("steps", "width", "depth", "heads", "context", "batch_size"):
@@ -61,7 +64,9 @@ class Config:
         if not 0 <= self.b3 < 1:
             raise ValueError(f"b3 is {self.b3}, but must be in [0, 1)")
         if self.width % self.heads:
-            raise ValueError(f"width {self.width} is no multiple of heads {self.heads}")
+            raise ValueError(
+                f"width {self.width} is not a multiple of heads {self.heads}"
+            )
 
     @property
     def peak_learning_rate(self) -> float:
@@ -71,7 +76,7 @@ class Config:
 
     @property
     def settings(self) -> dict[str, float | str]:
-        """All that the numbers depend on, apart from the text."""
+        """Everything that affects the results, except the text."""
         settings = dataclasses.asdict(self)
         for name in ("data", "out", "plot", "resume", "compare"):
             del settings[name]

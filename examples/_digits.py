@@ -1,4 +1,4 @@
-"""Handwritten digits of 8 by 8 pixels, which scikit-learn brings along."""
+"""The handwritten digits, 8 by 8 pixels each, that come with scikit-learn."""
 
 from typing import NamedTuple, TypeAlias
 
@@ -16,14 +16,14 @@ Batch: TypeAlias = tuple[Float[Array, "batch 64"], Int[Array, " batch"]]
 
 
 class Digits(NamedTuple):
-    """Images with their labels: to train on, and held out."""
+    """Images and labels, split into a training set and a held-out set."""
 
     train: Batch
     held_out: Batch
 
 
 def read_digits() -> Digits:
-    """All 1797 digits, every fourth of them held out."""
+    """Reads all 1797 digits and holds out a quarter of them."""
     images, labels = load_digits(return_X_y=True)
     split = train_test_split(images / 16, labels, random_state=0)
     x, x_held_out, y, y_held_out = (jnp.asarray(part) for part in split)
@@ -32,14 +32,14 @@ def read_digits() -> Digits:
 
 
 def batch(data: Batch, size: int, seed: int, step: int) -> Batch:
-    """Random images. Which, depends on the seed and the step alone."""
+    """Random images. The choice depends only on the seed and the step."""
     images, labels = data
     rows = np.random.default_rng((seed, step)).integers(len(images), size=size)
     return images[rows], labels[rows]
 
 
 def mean_loss(model: eqx.Module, data: Batch) -> Float[Array, ""]:
-    """The cross-entropy, in nats."""
+    """The mean cross-entropy, in nats."""
     images, labels = data
     logits = jax.vmap(model)(images)  # pyright: ignore[reportArgumentType]
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
@@ -47,7 +47,7 @@ def mean_loss(model: eqx.Module, data: Batch) -> Float[Array, ""]:
 
 @eqx.filter_jit
 def accuracy(model: eqx.Module, data: Batch) -> Float[Array, ""]:
-    """The share of images that are read rightly."""
+    """The fraction of images that are classified correctly."""
     images, labels = data
     logits = jax.vmap(model)(images)  # pyright: ignore[reportArgumentType]
     return (logits.argmax(axis=1) == labels).mean()

@@ -1,15 +1,16 @@
-"""Ctrl-C that waits for the end of a step."""
+"""Handles Ctrl-C, so that a run stops only at the end of a step."""
 
 import signal
 from typing import Any
 
 
 class Interrupted(Exception):
-    """The run was stopped early, and its checkpoint written."""
+    """The run was stopped early, and its checkpoint was written."""
 
 
 class Interrupt:
-    """Takes note of Ctrl-C and of SIGTERM. A second one ends the program at once."""
+    """Records Ctrl-C and SIGTERM. A second signal of the same kind ends the program
+    immediately."""
 
     def __init__(self):
         self.requested = False

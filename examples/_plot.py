@@ -1,4 +1,4 @@
-"""Plots of the losses of one or more runs."""
+"""Plots the losses of one or more runs."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,13 +15,13 @@ class Curve(NamedTuple):
 
     label: str
     train: Sequence[float]
-    """After each step."""
+    """One loss per step."""
     validation: Sequence[tuple[int, float]]
-    """Pairs of a step and a loss."""
+    """(step, loss) pairs."""
 
 
 def plot_losses(path: Path, curves: Sequence[Curve]) -> None:
-    """Draws smoothed training losses and validation losses over the steps."""
+    """Plots the smoothed training losses and the validation losses by step."""
     figure = Figure(figsize=(7.2, 4.4), layout="constrained")
     axes = figure.subplots()
     closeup = axes.inset_axes((0.52, 0.46, 0.46, 0.27))
@@ -36,14 +36,14 @@ def plot_losses(path: Path, curves: Sequence[Curve]) -> None:
 
     losses = [loss for curve in curves for _, loss in curve.validation]
     axes.set_ylim(top=1.15 * max(losses))  # cuts off the first few steps
-    axes.set(xlabel="step", ylabel="loss (nats a byte)")
+    axes.set(xlabel="step", ylabel="loss (nats per byte)")
     axes.legend(title="validation loss  (thin: training loss)", frameon=False)
     closeup.set_title("validation loss, second half", fontsize="medium")
     save_figure(figure, path)
 
 
 def plot_switch(path: Path, stayed: Curve, left: Curve, switch: int) -> None:
-    """Draws the losses of a run, and of one that was the same up to a step."""
+    """Plots the losses of two runs that are identical up to the switch."""
     figure = Figure(figsize=(9.6, 4.4), layout="constrained")
     whole, closeup = figure.subplots(1, 2, width_ratios=(5, 4))
     for curve, name, color, start in (
@@ -60,11 +60,11 @@ def plot_switch(path: Path, stayed: Curve, left: Curve, switch: int) -> None:
             axes.plot(*points, "o-", color=color, markersize=3.5, label=label)
 
     whole.axvline(switch, color="black", linewidth=0.8, linestyle="--", zorder=0)
-    top = whole.get_xaxis_transform()  # heights are shares of the axes
+    top = whole.get_xaxis_transform()  # y is a fraction of the axes height
     whole.text(switch, 0.96, "  switch", va="top", transform=top)
     highest = max(loss for _, loss in stayed.validation)
     whole.set_ylim(top=1.05 * highest)  # cuts off the first few steps
-    whole.set_ylabel("loss (nats a byte)")
+    whole.set_ylabel("loss (nats per byte)")
     whole.set_title("validation loss (thin: training loss)", fontsize="medium")
     closeup.set_title("validation loss after the switch", fontsize="medium")
     closeup.legend(frameon=False, handlelength=1.5)
@@ -75,7 +75,7 @@ def plot_switch(path: Path, stayed: Curve, left: Curve, switch: int) -> None:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Makes all axes alike, and writes the figure."""
+    """Applies the common style to all axes and saves the figure."""
     for axes in figure.findobj(Axes):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
@@ -84,7 +84,7 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 
 def smooth(losses: Sequence[float]) -> tuple[Float[np.ndarray, " points"], ...]:
-    """Steps, and the means of the losses around them."""
+    """Returns steps and the mean loss around each step."""
     width = max(1, len(losses) // 40)
     means = np.convolve(losses, np.full(width, 1 / width), mode="valid")
     return np.arange(len(means)) + (width + 1) / 2, means

@@ -1,4 +1,7 @@
-"""Text as bytes, by default the source code of Python's own library, in batches."""
+"""Reads text as bytes and splits it into batches.
+
+The default text is the source code of Python's standard library.
+"""
 
 import hashlib
 import sysconfig
@@ -18,27 +21,27 @@ VALIDATION_BATCH = 64
 
 
 class DataError(Exception):
-    """There is no text to train on."""
+    """There is no usable text to train on."""
 
 
 class Text(NamedTuple):
-    """Bytes to train on, and others that are held out."""
+    """Bytes to train on, and held-out bytes for validation."""
 
     train: Bytes
     validation: Bytes
 
     @property
     def fingerprint(self) -> str:
-        """Differs for different text."""
+        """A hash that identifies the text."""
         digest = hashlib.sha256(self.train.tobytes())
         digest.update(self.validation.tobytes())
         return digest.hexdigest()[:16]
 
 
 def read_text(path: Path | None, context: int) -> Text:
-    """Reads a file, or all text files in a folder, or Python's standard library.
+    """Reads a file, all text files in a folder, or Python's standard library.
 
-    Of several files every tenth is held out; of a single one, its last tenth.
+    Every tenth file is held out. If there is only one file, its last tenth is held out.
     """
     files = _read_files(path)
     source = path or "Python's standard library"
@@ -52,9 +55,9 @@ def read_text(path: Path | None, context: int) -> Text:
         validation = b"".join(files[::10])
     if min(len(train), len(validation)) <= context:
         raise DataError(
-            f"The text in {source} is too short: {len(train)} bytes to train on and "
-            f"{len(validation)} to validate on, but more than {context} (the context) "
-            "are needed of each."
+            f"The text in {source} is too short: it has {len(train)} bytes for "
+            f"training and {len(validation)} for validation, but each must have more "
+            f"than {context} bytes (the context)."
         )
     return Text(np.frombuffer(train, np.uint8), np.frombuffer(validation, np.uint8))
 
@@ -72,7 +75,7 @@ def _read_files(path: Path | None) -> list[bytes]:
 
 
 def _texts(paths: Iterable[Path]) -> list[bytes]:
-    """The contents of those files that are text, in the order of their names."""
+    """The contents of all text files among the paths, sorted by path."""
     contents = [path.read_bytes() for path in sorted(paths) if path.is_file()]
     return [content for content in contents if content and _is_text(content)]
 
@@ -88,14 +91,14 @@ def _is_text(content: bytes) -> bool:
 def training_batch(
     text: Bytes, size: int, context: int, seed: int, step: int
 ) -> Windows:
-    """Random windows of the text. Which, depends on the seed and the step alone."""
+    """Random windows of the text. The choice depends only on the seed and the step."""
     rng = np.random.default_rng((seed, step))
     starts = rng.integers(len(text) - context, size=size)
     return _windows(text, starts, context)
 
 
 def validation_batches(text: Bytes, context: int) -> Windows:
-    """Windows spread evenly over the text."""
+    """Windows that are spaced evenly over the text."""
     num_bytes = min(len(text), VALIDATION_BYTES)
     num_batches = max(1, num_bytes // (VALIDATION_BATCH * context))
     last = len(text) - context - 1
@@ -104,5 +107,5 @@ def validation_batches(text: Bytes, context: int) -> Windows:
 
 
 def _windows(text: Bytes, starts: Int[np.ndarray, "..."], context: int) -> Windows:
-    """The bytes that a model sees, each with its successor: one more than it sees."""
+    """Windows of the bytes that a model sees, plus the byte that follows them."""
     return text[starts[..., None] + np.arange(context + 1)]

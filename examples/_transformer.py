@@ -1,4 +1,4 @@
-"""A small transformer that reads bytes and predicts the next one."""
+"""A small transformer that reads bytes and predicts the next byte."""
 
 import equinox as eqx
 import jax
@@ -10,7 +10,7 @@ NUM_BYTES = 256
 
 
 class Block(eqx.Module):
-    """Causal attention, then an MLP, each after a norm and around a skip connection."""
+    """Causal attention, then an MLP. Each follows a norm and has a skip connection."""
 
     attention_norm: eqx.nn.LayerNorm
     attention: eqx.nn.MultiheadAttention
@@ -34,7 +34,7 @@ class Block(eqx.Module):
 
 
 class Transformer(eqx.Module):
-    """Maps up to `context` bytes to the logits of the byte that follows each."""
+    """Maps up to `context` bytes to logits for the byte that follows each of them."""
 
     bytes_embedding: eqx.nn.Embedding
     position_embedding: eqx.nn.Embedding
@@ -68,7 +68,7 @@ def generate(
     temperature: float,
     key: PRNGKeyArray,
 ) -> Int[Array, " length"]:
-    """The prompt, continued byte by byte, each drawn from the model's prediction."""
+    """Returns the prompt plus `num_bytes` bytes, sampled one by one from the model."""
     context = model.position_embedding.num_embeddings
     length = len(prompt) + num_bytes
     text = jnp.zeros(max(length, context), jnp.int32)
@@ -76,7 +76,7 @@ def generate(
 
     def write(text: Array, i: Array) -> tuple[Array, None]:
         start = jnp.maximum(0, i - context)
-        # What lies behind position `i` is still blank, but attention is causal.
+        # The text from position `i` on is still blank. Causal attention ignores it.
         window = jax.lax.dynamic_slice(text, (start,), (context,))
         logits = model(window)[i - start - 1] / temperature
         byte = jax.random.categorical(jax.random.fold_in(key, i), logits)

@@ -1,7 +1,7 @@
-"""Trains the language model with four bytes of state a parameter, and with bfloat16
-parameters, beside float32 for everything.
+"""Trains the language model with four bytes of state per parameter and with bfloat16
+parameters. Compares the result with a run that uses float32 for everything.
 
-For the options: `python examples/compact_state.py --help`.
+To list the options, run `python examples/compact_state.py --help`.
 """
 
 import dataclasses
@@ -26,24 +26,24 @@ from eqx_ademamix import AdEMAMix, Compensated, StateFormat
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Trains a byte-level transformer in float32, and in fewer bytes."""
+    """Trains a byte-level transformer in float32 and in compact formats."""
 
     steps: int = 2000
-    """The number of steps of each run."""
+    """The number of steps in each run."""
     seed: int = 0
-    """Decides on the initial weights and the batches."""
+    """The seed for the initial weights and the batches."""
     out: Path = Path("runs/compact")
     """The folder for the plot."""
 
 
 def cast(model: PyTree, dtype: Any) -> PyTree:
-    """The model with its parameters in another dtype."""
+    """Returns the model with its parameters cast to another dtype."""
     arrays, rest = eqx.partition(model, eqx.is_inexact_array)
     return eqx.combine(eqx_ademamix.tree_cast(arrays, dtype), rest)
 
 
 def make_small(optim: AdEMAMix, model: Transformer) -> tuple[Compensated, Transformer]:
-    """Two bytes for a parameter, two for what it rounds away, four for the moments."""
+    """Two bytes per parameter, two for its rounding error, and four for its moments."""
     compact = dataclasses.replace(optim, state_format=StateFormat.compact())
     return Compensated(compact, bits=16), cast(model, jnp.bfloat16)
 
@@ -52,7 +52,7 @@ def make_small(optim: AdEMAMix, model: Transformer) -> tuple[Compensated, Transf
 def train_step(
     kept: tuple[PyTree, Windows], model: Transformer, state: PyTree
 ) -> tuple[Transformer, PyTree, Float[Array, ""]]:
-    """A step whose arithmetic is in float32, whatever the parameters are stored in."""
+    """One step. All arithmetic is in float32, whatever the dtype of the parameters."""
     optim, windows = kept
     loss_fn = lambda model: mean_loss(cast(model, jnp.float32), windows)
     loss, grads = eqx.filter_value_and_grad(loss_fn)(model)
@@ -64,7 +64,7 @@ def train_step(
 def train(
     label: str, optim: PyTree, model: Transformer, text: Text, config: ModelConfig
 ) -> tuple[Curve, Transformer, PyTree]:
-    """A run's losses, and the model and the state with which it ends."""
+    """Trains a model. Returns the losses, the final model, and the final state."""
     state = eqx_ademamix.init(optim, model)
     held_out = validation_batches(text.validation, config.context)
     train_losses, validation_losses = [], []
@@ -85,7 +85,7 @@ def main() -> None:
     config = tyro.cli(Config)
     settings = ModelConfig(steps=config.steps, seed=config.seed)
     text = read_text(None, settings.context)
-    run = Run(settings, text)  # for its model and its optimizer
+    run = Run(settings, text)  # provides the model and the optimizer
     assert isinstance(run.optim, AdEMAMix)
     small = make_small(run.optim, run.model)
     runs = {"float32": (run.optim, run.model), "small": small}
@@ -93,13 +93,13 @@ def main() -> None:
         label: train(label, *pair, text, settings) for label, pair in runs.items()
     }
     print(eqx_ademamix.state_report(results["small"][2]), "\n")
-    print("         bytes of model and state  validation loss (nats a byte)")
+    print("         bytes of model and state  validation loss (nats per byte)")
     for label, (curve, *trees) in results.items():
         size = eqx_ademamix.state_bytes(trees)
         print(f"{label:<7}  {size:>24,}  {curve.validation[-1][1]:.4f}")
     plot = config.out / "compact_state.png"
     plot_losses(plot, [curve for curve, *_ in results.values()])
-    print(f"Losses drawn in {plot}")
+    print(f"Loss plot saved to {plot}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Trains an ensemble of networks at once, and shows where they disagree.
+"""Trains an ensemble of networks simultaneously and shows where they disagree.
 
-For the options: `python examples/ensemble.py --help`.
+To list the options, run `python examples/ensemble.py --help`.
 """
 
 import dataclasses
@@ -21,14 +21,14 @@ import eqx_ademamix
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Fits a function of which two pieces have been measured, with noise."""
+    """Fits a function to noisy measurements from two intervals."""
 
     steps: int = 3000
     """The number of steps."""
     members: int = 16
-    """The number of networks, each with data drawn anew from the same points."""
+    """The number of networks. Each one trains on its own resample of the points."""
     seed: int = 0
-    """Decides on the initial weights, and on the points that each member sees."""
+    """The seed for the initial weights and for the points that each member sees."""
     out: Path = Path("runs/ensemble")
     """The folder for the plot."""
 
@@ -42,7 +42,7 @@ def truth(x: Float[Array, " points"]) -> Float[Array, " points"]:
 
 
 def measured() -> Points:
-    """100 points, none of which lies between -0.7 and 0.7, or beyond 2.5."""
+    """Noisy values at 100 points x with 0.7 <= |x| <= 2.5."""
     rng = np.random.default_rng(0)
     x = rng.uniform(0.7, 2.5, 100) * np.repeat((-1, 1), 50)
     noise = NOISE * rng.standard_normal(100)
@@ -65,7 +65,7 @@ def train_step(
     model: eqx.nn.MLP,
     state: eqx_ademamix.AdEMAMixState,
 ) -> tuple[eqx.nn.MLP, eqx_ademamix.AdEMAMixState]:
-    """A step of one member. That there are others beside it does not show."""
+    """One step of one member. The code does not depend on the other members."""
     grads = eqx.filter_grad(mean_loss)(model, points)
     updates, state = eqx_ademamix.update(optim, grads, state, model)
     return eqx.apply_updates(model, updates), state
@@ -77,7 +77,7 @@ def train_steps(
     models: eqx.nn.MLP,
     states: eqx_ademamix.AdEMAMixState,
 ) -> tuple[eqx.nn.MLP, eqx_ademamix.AdEMAMixState]:
-    """A step of all members: one optimizer, and a state for each."""
+    """One step of all members. They share an optimizer, but each has its own state."""
     over_members = eqx.filter_vmap(
         train_step, in_axes=(None, eqx.if_array(0), eqx.if_array(0), eqx.if_array(0))
     )
@@ -111,7 +111,7 @@ def plot(path: Path, points: Points, models: eqx.nn.MLP) -> None:
 
 
 def report(models: eqx.nn.MLP) -> None:
-    print("x            error of a member  of their mean  disagreement")
+    print("x            error of a member  error of mean  disagreement")
     for low, high, place in (
         (0.7, 2.5, "measured"),
         (0, 0.7, "gap"),
@@ -146,7 +146,7 @@ def main() -> None:
 
     report(models)
     plot(config.out / "ensemble.png", (x, y), models)
-    print(f"\nPlot drawn in {config.out / 'ensemble.png'}")
+    print(f"\nPlot saved to {config.out / 'ensemble.png'}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Freezes the layers of a trained network, and trains a new head on a few images.
+"""Freezes the layers of a trained network and trains a new head on a few images.
 
-For the options: `python examples/finetune_frozen.py --help`.
+To list the options, run `python examples/finetune_frozen.py --help`.
 """
 
 import dataclasses
@@ -18,25 +18,25 @@ from matplotlib.figure import Figure
 import eqx_ademamix
 
 
-Curve: TypeAlias = list[tuple[int, float]]  # pairs of a step and an accuracy
+Curve: TypeAlias = list[tuple[int, float]]  # (step, accuracy) pairs
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Learns to read digits, then to tell odd from even ones from a few images."""
+    """Trains on ten digits, then on a few images to tell odd digits from even ones."""
 
     steps: int = 300
-    """The number of steps of each training."""
+    """The number of steps in each training run."""
     images: int = 20
-    """The number of images from which odd and even are learned."""
+    """The number of training images for the odd-or-even task."""
     seed: int = 0
-    """Decides on the initial weights and the batches."""
+    """The seed for the initial weights and the batches."""
     out: Path = Path("runs/finetune")
     """The folder for the plot."""
 
 
 class Classifier(eqx.Module):
-    """Layers that can be frozen, and a head."""
+    """Layers that can be frozen, followed by a head."""
 
     body: eqx.nn.MLP
     norm: eqx.nn.LayerNorm
@@ -59,7 +59,7 @@ def train_step(
     state: eqx_ademamix.AdEMAMixState,
 ) -> tuple[Classifier, eqx_ademamix.AdEMAMixState]:
     optim, data = kept
-    grads = eqx.filter_grad(mean_loss)(model, data)  # unused ones are not computed
+    grads = eqx.filter_grad(mean_loss)(model, data)  # unused gradients are not computed
     updates, state = eqx_ademamix.update(optim, grads, state, model)
     return eqx.apply_updates(model, updates), state
 
@@ -67,7 +67,7 @@ def train_step(
 def train(
     config: Config, model: Classifier, trainable: PyTree, data: Batch, test: Batch
 ) -> tuple[Classifier, Curve]:
-    """The trained model, and its accuracies on the way."""
+    """Returns the trained model and its accuracies during training."""
     optim = eqx_ademamix.AdEMAMix(
         1e-3,
         b3=eqx_ademamix.beta3_scheduler(0.99, 0.9, warmup=config.steps),
@@ -112,14 +112,14 @@ def main() -> None:
 
     model = Classifier(10, key=keys[0])
     print(eqx_ademamix.decay_report(model, eqx_ademamix.decay_mask(model)))
-    print("\nthe ten digits, from all images")
+    print("\nten digits, trained on all images")
     pretrained, _ = train(config, model, True, *data)
 
     fresh = Classifier(2, key=keys[1])
     start = eqx.tree_at(lambda model: model.head, pretrained, fresh.head)
     nothing = jax.tree.map(lambda _: False, start)
     only_head = eqx.tree_at(lambda model: model.head, nothing, replace=True)
-    print(f"\nodd or even, from {config.images} images")
+    print(f"\nodd or even, trained on {config.images} images")
     curves: dict[str, Curve] = {}
     models: dict[str, Classifier] = {}
     for name, initial, trainable in (
@@ -131,9 +131,9 @@ def main() -> None:
         models[name], curves[name] = train(config, initial, trainable, few, held_out)
 
     bodies = [(m.body, m.norm) for m in (models["frozen layers, new head"], pretrained)]
-    print(f"\nfrozen layers the same bit for bit: {bool(eqx.tree_equal(*bodies))}")
+    print(f"\nfrozen layers identical bit for bit: {bool(eqx.tree_equal(*bodies))}")
     plot(config.out / "finetune.png", curves)
-    print(f"Plot drawn in {config.out / 'finetune.png'}")
+    print(f"Plot saved to {config.out / 'finetune.png'}")
 
 
 if __name__ == "__main__":

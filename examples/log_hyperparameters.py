@@ -1,6 +1,6 @@
-"""Logs the hyperparameters as each step used them, and the size of each update.
+"""Logs the hyperparameters that each step used and the size of each update.
 
-For the options: `python examples/log_hyperparameters.py --help`.
+To list the options, run `python examples/log_hyperparameters.py --help`.
 """
 
 import csv
@@ -22,16 +22,16 @@ import eqx_ademamix
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Trains a classifier of handwritten digits, and writes a line for each step."""
+    """Trains a classifier of handwritten digits and writes one log row per step."""
 
     steps: int = 2000
-    """The number of steps, which all schedules span."""
+    """The number of steps. Every schedule spans all of them."""
     b3: float = 0.999
-    """The final decay of the slow average."""
+    """The final decay rate of the slow average."""
     alpha: float = 5.0
     """The final weight of the slow average."""
     seed: int = 0
-    """Decides on the initial weights and the batches."""
+    """The seed for the initial weights and the batches."""
     out: Path = Path("runs/log")
     """The folder for the log and the plot."""
 
@@ -47,7 +47,7 @@ def train_step(
 ) -> tuple[eqx.nn.MLP, eqx_ademamix.AdEMAMixState, Row]:
     optim, data = kept
     loss, grads = eqx.filter_value_and_grad(mean_loss)(model, data)
-    used = eqx_ademamix.hyperparams(optim, state)  # before the update: it counts on
+    used = eqx_ademamix.hyperparams(optim, state)  # before the counters advance
     updates, state = eqx_ademamix.update(optim, grads, state, model)
     row = {
         "loss": loss,
@@ -59,7 +59,7 @@ def train_step(
 
 
 def train(config: Config) -> list[dict[str, float]]:
-    """A row of the log for each step."""
+    """Trains the classifier. Returns one log row per step."""
     model = eqx.nn.MLP(64, 10, width_size=64, depth=2, key=jax.random.key(config.seed))
     optim = eqx_ademamix.AdEMAMix(
         optax.warmup_cosine_decay_schedule(
@@ -72,7 +72,7 @@ def train(config: Config) -> list[dict[str, float]]:
     )
     state = eqx_ademamix.init(optim, model)
     digits = read_digits()
-    rows: list[Row] = []  # of arrays: a step is not waited for
+    rows: list[Row] = []  # arrays, so that the loop does not wait for each step
     for step in range(config.steps):
         data = batch(digits.train, 64, config.seed, step)
         model, state, row = train_step((optim, data), model, state)
@@ -120,7 +120,7 @@ def main() -> None:
         print("  ".join(f"{row[name]:>13.6g}" for name in names))
     write(config.out / "log.csv", rows)
     plot(config.out / "log.png", rows)
-    print(f"\n{len(rows)} lines in {config.out / 'log.csv'}, drawn in log.png")
+    print(f"\n{len(rows)} rows saved to {config.out / 'log.csv'}, plot to log.png")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Solves the heat equation by a network, in float64, with AdamW and with AdEMAMix.
+"""Solves the heat equation with a network, in float64, with AdamW and AdEMAMix.
 
-For the options: `python examples/pinn.py --help`.
+To list the options, run `python examples/pinn.py --help`.
 """
 
 import dataclasses
@@ -21,19 +21,20 @@ import eqx_ademamix
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Learns the u(x, t) with du/dt = 0.1 d2u/dx2 that is 0 at x = 0 and at x = 1."""
+    """Learns a u(x, t) with du/dt = 0.1 d2u/dx2 and with u = 0 at x = 0 and x = 1."""
 
     steps: int = 5000
-    """The number of steps of each optimizer, which all schedules span."""
+    """The number of steps for each optimizer. Every schedule spans all of them."""
     seeds: int = 4
-    """The number of networks, which are trained at once."""
+    """The number of networks. They are trained simultaneously."""
     learning_rate: float = 1.6e-2
-    """The peak of the learning rate, good for both: of six, each twice the one before,
-    from 2e-3 to 6.4e-2, it is within a twentieth of the lowest error of each."""
+    """The peak learning rate, which works well for both optimizers. Of six rates from
+    2e-3 to 6.4e-2, each twice the previous one, it gives each optimizer an error within
+    a twentieth of that optimizer's lowest error."""
     alpha: float = 5.0
     """AdEMAMix: the final weight of the slow average."""
     b3: float = 0.999
-    """AdEMAMix: the final decay of the slow average."""
+    """AdEMAMix: the final decay rate of the slow average."""
     out: Path = Path("runs/pinn")
     """The folder for the plot."""
 
@@ -50,14 +51,14 @@ NUM_EVALUATIONS = 50
 
 
 def exact(x: Scalar, t: Scalar) -> Scalar:
-    """Each sine decays at a rate of its own."""
+    """The exact solution: two sine waves, each with its own decay rate."""
     decay = lambda n: jnp.exp(-DIFFUSIVITY * (n * jnp.pi) ** 2 * t)
     wave = lambda n: jnp.sin(n * jnp.pi * x) * decay(n)
     return wave(1.0) + 0.5 * wave(2.0)
 
 
 class Solution(eqx.Module):
-    """A network, bent such that it is right at t = 0, at x = 0 and at x = 1."""
+    """A network that is exact by construction at t = 0, x = 0, and x = 1."""
 
     mlp: eqx.nn.MLP
 
@@ -70,7 +71,7 @@ class Solution(eqx.Module):
 
 
 def mean_loss(model: Solution, key: PRNGKeyArray) -> Scalar:
-    """The mean square of what is missing to the equation, at points drawn anew."""
+    """The mean squared residual of the equation, at newly sampled points."""
 
     def residual(x: Scalar, t: Scalar) -> Scalar:
         u_t = jax.grad(model, argnums=1)(x, t)
@@ -82,7 +83,7 @@ def mean_loss(model: Solution, key: PRNGKeyArray) -> Scalar:
 
 
 def l2_error(model: Solution) -> Scalar:
-    """The distance from the exact solution on a grid, relative to its norm."""
+    """The L2 error on a grid, relative to the norm of the exact solution."""
     x, t = jnp.meshgrid(jnp.linspace(0, 1, 64), jnp.linspace(0, 1, 64))
     found, wanted = (jax.vmap(f)(x.ravel(), t.ravel()) for f in (model, exact))
     return jnp.linalg.norm(found - wanted) / jnp.linalg.norm(wanted)
@@ -91,7 +92,7 @@ def l2_error(model: Solution) -> Scalar:
 def train(
     optim: eqx_ademamix.AdEMAMix, model: Solution, steps: int
 ) -> Float[Array, " evaluations"]:
-    """The errors of one network after every fiftieth of the steps."""
+    """Trains one network. Returns its errors after every fiftieth of the steps."""
     params, rest = eqx.partition(model, eqx.is_array)
     key = jax.random.key(1)
 
@@ -111,14 +112,14 @@ def train(
     return jax.lax.scan(fiftieth, carry, numbers)[1]
 
 
-# A network is an axis more: all of them are trained at once.
+# Vectorized over the networks, so that they are trained simultaneously.
 train_all = eqx.filter_jit(
     eqx.filter_vmap(train, in_axes=(None, eqx.if_array(0), None), out_axes=1)
 )
 
 
 def make_optimizers(config: Config) -> dict[str, eqx_ademamix.AdEMAMix]:
-    """AdamW is AdEMAMix without its slow average. Neither decays the weights here."""
+    """AdamW is AdEMAMix without the slow average. Neither uses weight decay here."""
     schedule = optax.warmup_cosine_decay_schedule(
         0.0,
         config.learning_rate,
@@ -166,7 +167,7 @@ def main() -> None:
         print(f"{name:<9}", *(f"{error:.2e}" for error in row), sep="  ")
     print(f"\ncomputed in {errors['AdEMAMix'].dtype}")
     plot(config.out / "pinn.png", errors, config.steps)
-    print(f"Plot drawn in {config.out / 'pinn.png'}")
+    print(f"Plot saved to {config.out / 'pinn.png'}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The library on one page: learns to read handwritten digits in a few seconds."""
+"""The library on one page: classifies handwritten digits in a few seconds."""
 
 import equinox as eqx
 import jax

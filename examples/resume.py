@@ -1,6 +1,6 @@
-"""Kills a training in the middle, resumes it, and compares it with one left in peace.
+"""Kills a run halfway, resumes it, and compares it with an uninterrupted run.
 
-For the options: `python examples/resume.py --help`.
+To list the options, run `python examples/resume.py --help`.
 """
 
 import dataclasses
@@ -25,19 +25,19 @@ import eqx_ademamix
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Trains a classifier of handwritten digits twice: as one process, and as two, of
-    which the first is killed."""
+    """Trains a classifier of handwritten digits twice: once in a single process, and
+    once in two processes, of which the first is killed."""
 
     steps: int = 2000
-    """The number of steps, which all schedules span."""
+    """The number of steps. Every schedule spans all of them."""
     save_every: int = 100
-    """The number of steps between two checkpoints."""
+    """The number of steps between checkpoints."""
     out: Path = Path("runs/resume")
     """The folder for the checkpoints and the plot."""
     checkpoint: Path | None = None
-    """Only train, from this checkpoint if there is one, and write it."""
+    """Only train. Start from this checkpoint if it exists, and save to it."""
     kill_at: int | None = None
-    """With CHECKPOINT: send the own process SIGKILL after this step."""
+    """With --checkpoint: send SIGKILL to this process after this step."""
 
     def __post_init__(self):
         if not 2 <= 2 * self.save_every <= self.steps:
@@ -59,7 +59,7 @@ def train_step(
 
 
 def start(steps: int) -> tuple[eqx_ademamix.AdEMAMix, eqx.nn.MLP]:
-    """The optimizer, made anew by each process, and the initial model."""
+    """Creates the optimizer and the initial model, anew in each process."""
     model = eqx.nn.MLP(64, 10, width_size=128, depth=2, key=jax.random.key(0))
     optim = eqx_ademamix.AdEMAMix(
         optax.cosine_decay_schedule(1e-3, steps),
@@ -72,7 +72,7 @@ def start(steps: int) -> tuple[eqx_ademamix.AdEMAMix, eqx.nn.MLP]:
 
 
 def train(config: Config, checkpoint: Path) -> None:
-    """Trains up to the last step, from the checkpoint if there is one."""
+    """Trains to the last step. Starts from the checkpoint if it exists."""
     optim, model = start(config.steps)
     state = eqx_ademamix.init(optim, model)
     losses: list[float] = []
@@ -81,7 +81,7 @@ def train(config: Config, checkpoint: Path) -> None:
         losses = header["losses"]
     digits = read_digits()
     for step in range(len(losses) + 1, config.steps + 1):
-        data = batch(digits.train, 64, 0, step)  # depends on the step alone
+        data = batch(digits.train, 64, 0, step)  # depends only on the step
         model, state, loss = train_step((optim, data), model, state)
         losses.append(float(loss))
         if step % config.save_every == 0 or step == config.steps:
@@ -91,7 +91,7 @@ def train(config: Config, checkpoint: Path) -> None:
 
 
 def train_elsewhere(config: Config, checkpoint: Path, *args: str) -> int:
-    """Trains in a process of its own. Returns how that ended."""
+    """Trains in a separate process. Returns its exit code."""
     options = ("--steps", config.steps, "--save-every", config.save_every)
     command = [sys.executable, __file__, *map(str, options), "--checkpoint", checkpoint]
     return subprocess.run([*command, *args], check=False).returncode
@@ -100,12 +100,12 @@ def train_elsewhere(config: Config, checkpoint: Path, *args: str) -> int:
 def plot(path: Path, peace: list[float], resumed: list[float], saved: int, killed: int):
     figure = Figure(figsize=(7.2, 4.4), layout="constrained")
     axes = figure.subplots()
-    axes.semilogy(*smooth(peace), color="tab:gray", linewidth=4, label="left in peace")
+    axes.semilogy(*smooth(peace), color="tab:gray", linewidth=4, label="uninterrupted")
     axes.semilogy(*smooth(resumed), color="tab:red", linewidth=1.2, label="resumed")
     for step, name in ((saved, "checkpoint "), (killed, " killed")):
         axes.axvline(step, color="black", linewidth=0.8, linestyle="--", zorder=0)
         side = "right" if step == saved else "left"
-        top = axes.get_xaxis_transform()  # heights are shares of the axes
+        top = axes.get_xaxis_transform()  # y is a fraction of the axes height
         axes.text(step, 0.96, name, va="top", ha=side, transform=top)
     axes.set(xlabel="step", ylabel="training loss (nats)")
     axes.legend(frameon=False, loc="lower left")
@@ -122,20 +122,20 @@ def demonstrate(config: Config) -> None:
     code = train_elsewhere(config, killed, "--kill-at", str(kill_at))
     saved = read_header(killed)["step"]
     print(f"killed by {signal.Signals(-code).name} after step {kill_at}")
-    print(f"resumed after step {saved}, that of the last checkpoint")
+    print(f"resumed from the last checkpoint, at step {saved}")
     train_elsewhere(config, killed)
 
     optim, model = start(config.steps)
     like = model, eqx_ademamix.init(optim, model)
     (header, tree), (header_2, tree_2) = load(peace, like), load(killed, like)
-    print(f"last loss, left in peace: {header['losses'][-1]!r}")
+    print(f"last loss, uninterrupted: {header['losses'][-1]!r}")
     print(f"last loss, resumed:       {header_2['losses'][-1]!r}")
-    print(f"losses of all steps the same bit for bit: {header == header_2}")
+    print(f"losses of all steps identical bit for bit: {header == header_2}")
     same = bool(eqx.tree_equal(tree, tree_2))
-    print(f"model and state the same bit for bit: {same}")
+    print(f"model and state identical bit for bit: {same}")
     image = config.out / "resume.png"
     plot(image, header["losses"], header_2["losses"], saved, kill_at)
-    print(f"Plot drawn in {image}")
+    print(f"Plot saved to {image}")
 
 
 def main() -> None:

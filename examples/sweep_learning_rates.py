@@ -1,6 +1,6 @@
-"""Trains with many learning rates at once, in one program, and then around the best.
+"""Tries many learning rates in one program, then more rates around the best one.
 
-For the options: `python examples/sweep_learning_rates.py --help`.
+To list the options, run `python examples/sweep_learning_rates.py --help`.
 """
 
 import dataclasses
@@ -23,26 +23,26 @@ class Config:
     """Finds a learning rate for a classifier of handwritten digits."""
 
     steps: int = 300
-    """The number of steps of each run."""
+    """The number of steps in each run."""
     rates: int = 8
-    """The number of learning rates that are tried at once."""
+    """The number of learning rates in each sweep."""
     seeds: int = 4
-    """The number of initial models, each trained with each learning rate."""
+    """The number of initial models. Each one is trained with every learning rate."""
     lowest: float = 3e-5
-    """The lowest of the first learning rates."""
+    """The lowest learning rate in the first sweep."""
     highest: float = 1e-1
-    """The highest of the first learning rates."""
+    """The highest learning rate in the first sweep."""
     out: Path = Path("runs/sweep")
     """The folder for the plot."""
 
 
-traces: list[None] = []  # one for each time that JAX traces `train`
+traces: list[None] = []  # one entry for each time JAX traces `train`
 
 
 def make_optimizer(
     learning_rate: Float[Array, ""], steps: int
 ) -> eqx_ademamix.AdEMAMix:
-    """An array as the learning rate is traced, so that it can be batched."""
+    """The learning rate is an array, so JAX traces it and can batch it."""
     return eqx_ademamix.AdEMAMix(
         learning_rate,
         b3=eqx_ademamix.beta3_scheduler(0.99, 0.9, warmup=steps),
@@ -53,7 +53,7 @@ def make_optimizer(
 def train(
     optim: eqx_ademamix.AdEMAMix, model: eqx.nn.MLP, batches: Batch
 ) -> eqx.nn.MLP:
-    """One run. That there are others beside it does not show."""
+    """One run. The code does not depend on the other runs."""
     traces.append(None)
     params, rest = eqx.partition(model, eqx.is_array)
 
@@ -76,7 +76,7 @@ def sweep(
     batches: Batch,
     held_out: Batch,
 ) -> Float[Array, "rates seeds"]:
-    """The held-out losses of each model, trained with each of the learning rates."""
+    """The held-out loss of each model, trained with each learning rate."""
     optims = eqx.filter_vmap(make_optimizer, in_axes=(0, None))(rates, len(batches[1]))
 
     def loss(optim: eqx_ademamix.AdEMAMix, model: eqx.nn.MLP) -> Float[Array, ""]:
@@ -128,8 +128,8 @@ def main() -> None:
         rates = jnp.geomspace(best / factor, best * factor, config.rates)
     plot(config.out / "sweep.png", tries)
     runs = 2 * config.rates * config.seeds
-    print(f"{runs} runs. JAX has traced the training {len(traces)} time(s).")
-    print(f"Plot drawn in {config.out / 'sweep.png'}")
+    print(f"{runs} runs. JAX traced the training {len(traces)} time(s).")
+    print(f"Plot saved to {config.out / 'sweep.png'}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Goes over from AdamW to AdEMAMix in the middle of a run, on a CPU in a few minutes.
+"""Switches from AdamW to AdEMAMix halfway through a run, in a few minutes on a CPU.
 
-Half of the steps are AdamW's. From there the run goes on twice, on the same batches:
-with AdamW alone, and with AdEMAMix, which takes AdamW's state over. It trains what
-`train_language_model.py` trains. For the options:
+The first half of the steps uses AdamW. Then the run continues twice on the same
+batches: once with AdamW, and once with AdEMAMix, which starts from AdamW's state. The
+model and the text are those of `train_language_model.py`. To list the options, run
 `python examples/switch_from_adamw.py --help`.
 """
 
@@ -29,17 +29,17 @@ Tree = TypeVar("Tree")
 
 @dataclasses.dataclass(frozen=True)
 class SwitchConfig(Config):
-    """Trains a byte-level transformer with AdamW, and from the middle on with AdEMAMix,
-    beside AdamW alone."""
+    """Trains a byte-level transformer with AdamW and switches to AdEMAMix halfway.
+    Compares the result with AdamW alone."""
 
     out: Path = Path("runs/switch")
     plot: Path | None = None
-    """Where to draw the losses. By default OUT/switch.png."""
+    """Path of the loss plot. The default is OUT/switch.png."""
     steps: int = 8000
-    """The number of steps, half of them before the switch."""
+    """The number of steps. The switch comes after half of them."""
     seed: int = 0
-    """Decides on the initial weights and the batches."""
-    # Options of the other example that this one has not.
+    """The seed for the initial weights and the batches."""
+    # Options of the other example that this one does not have.
     resume: Suppress[Fixed[bool]] = False
     compare: Suppress[Fixed[bool]] = False
     optimizer: Suppress[Fixed[OptimizerName]] = "adamw"
@@ -47,16 +47,16 @@ class SwitchConfig(Config):
     def __post_init__(self):
         super().__post_init__()
         if self.steps < 2:
-            raise ValueError(f"steps is {self.steps}, but must be >= 2: two halves")
+            raise ValueError(f"steps is {self.steps}, but must be >= 2 (two halves)")
 
 
 def copy_arrays(tree: Tree) -> Tree:
-    """The same tree in memory of its own. A step of training overwrites its model."""
+    """Copies the arrays of a tree, because a training step overwrites its model."""
     return jax.tree.map(lambda x: x.copy() if eqx.is_array(x) else x, tree)
 
 
 def switch_to_ademamix(run: Run) -> Run:
-    """Goes on with AdEMAMix where a run of AdamW is. That run can go on, too."""
+    """Continues an AdamW run with AdEMAMix. The AdamW run can continue too."""
     config = dataclasses.replace(run.config, optimizer="ademamix")
     switched = Run(config, run.text)
     switched.checkpoint = config.out / "switched.eqx"
@@ -66,9 +66,9 @@ def switch_to_ademamix(run: Run) -> Run:
 
     steps_left = config.steps - len(run.train_losses)
     optim = eqx_ademamix.AdEMAMix(
-        # Goes on where it was: it counts the steps from AdamW's first.
+        # Continues where it was, because it counts from AdamW's first step.
         make_schedule(run.config),
-        # Begin now: they count the steps of the slow average, which begins empty.
+        # Start now, because they count the steps of the slow average, which is new.
         b3=eqx_ademamix.beta3_scheduler(config.b3, 0.9, warmup=steps_left),
         alpha=eqx_ademamix.alpha_scheduler(config.alpha, 0.0, warmup=steps_left),
         weight_decay=config.weight_decay,
@@ -80,7 +80,7 @@ def switch_to_ademamix(run: Run) -> Run:
 
 
 def train(config: Config, text: Text, interrupt: Interrupt) -> tuple[Run, Run]:
-    """A run of AdamW, and the one that left it for AdEMAMix in the middle."""
+    """Returns the AdamW run and the run that switched to AdEMAMix halfway."""
     adamw = Run(config, text)
     adamw.train(interrupt, until=config.steps // 2)
     switched = switch_to_ademamix(adamw)
@@ -90,13 +90,13 @@ def train(config: Config, text: Text, interrupt: Interrupt) -> tuple[Run, Run]:
 
 
 def report(config: Config, adamw: Run, switched: Run) -> None:
-    """Draws the losses and prints those since the switch."""
+    """Plots the losses and prints those after the switch."""
     switch = config.steps // 2
     plot = config.plot or config.out / "switch.png"
     plot_switch(plot, adamw.curve(), switched.curve(), switch)
-    print(f"Losses drawn in {plot}\n")
+    print(f"Loss plot saved to {plot}\n")
 
-    print("validation loss (nats a byte)")
+    print("validation loss (nats per byte)")
     print("  step   AdamW  AdEMAMix  difference")
     pairs = zip(adamw.validation_losses, switched.validation_losses, strict=True)
     for (step, alone), (_, loss) in pairs:

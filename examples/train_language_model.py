@@ -1,6 +1,6 @@
-"""Trains a byte-level transformer with AdEMAMix, on a CPU in a few minutes.
+"""Trains a byte-level transformer with AdEMAMix, in a few minutes on a CPU.
 
-For the options: `python examples/train_language_model.py --help`.
+To list the options, run `python examples/train_language_model.py --help`.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ import eqx_ademamix
 Optimizer: TypeAlias = eqx_ademamix.AbstractOptimizer[Any]
 TITLES = {"adamw": "AdamW", "ademamix": "AdEMAMix"}
 REPORT_EVERY = 50  # steps
-NUM_EVALUATIONS = 16  # after each of which a checkpoint is written
+NUM_EVALUATIONS = 16  # a checkpoint is written after each of them
 
 
 #
@@ -44,7 +44,7 @@ NUM_EVALUATIONS = 16  # after each of which a checkpoint is written
 
 
 class FromOptax(eqx_ademamix.AbstractOptimizer[optax.OptState]):
-    """An optax optimizer that takes whole models, as AdEMAMix does by itself."""
+    """Lets an optax optimizer accept whole models, as AdEMAMix already does."""
 
     transformation: optax.GradientTransformation
 
@@ -59,7 +59,7 @@ class FromOptax(eqx_ademamix.AbstractOptimizer[optax.OptState]):
 
 
 def make_schedule(config: Config) -> optax.Schedule:
-    """A linear warm-up of the learning rate, then a cosine down to 1 % of its peak."""
+    """A linear learning-rate warm-up, then a cosine decay to 1% of the peak."""
     peak, steps = config.peak_learning_rate, config.steps
     return optax.warmup_cosine_decay_schedule(
         0.0, peak, min(100, steps // 10), steps, end_value=0.01 * peak
@@ -91,7 +91,7 @@ clip = optax.clip_by_global_norm(0.5)
 
 
 def mean_loss(model: Transformer, windows: Windows) -> Float[Array, ""]:
-    """The cross-entropy of each byte given those before it, in nats."""
+    """The mean cross-entropy of each byte, given the bytes before it, in nats."""
     text = jnp.asarray(windows, jnp.int32)
     logits = jax.vmap(model)(text[:, :-1])
     return optax.softmax_cross_entropy_with_integer_labels(logits, text[:, 1:]).mean()
@@ -118,7 +118,7 @@ def validation_loss(model: Transformer, batches: Windows) -> Float[Array, ""]:
 
 
 class Run:
-    """One training: the model, the optimizer's state and the losses up to now."""
+    """A training run: the model, the optimizer state, and the losses so far."""
 
     def __init__(self, config: Config, text: Text):
         self.config, self.text = config, text
@@ -132,8 +132,8 @@ class Run:
         )
         self.optim = make_optimizer(config, self.model)
         self.state = eqx_ademamix.init(self.optim, self.model)
-        self.train_losses: list[float | Array] = []  # of each step
-        self.validation_losses: list[tuple[int, float]] = []  # pairs (step, loss)
+        self.train_losses: list[float | Array] = []  # one per step
+        self.validation_losses: list[tuple[int, float]] = []  # (step, loss) pairs
 
     def save(self) -> None:
         self.train_losses = [float(loss) for loss in self.train_losses]
@@ -152,7 +152,7 @@ class Run:
         self.validation_losses = [(i, loss) for i, loss in header["validation_losses"]]
 
     def train(self, interrupt: Interrupt, until: int) -> None:
-        """Takes the steps that are left until the given one."""
+        """Takes the remaining steps, up to and including step `until`."""
         steps, done = self.config.steps, len(self.train_losses)
         held_out = validation_batches(self.text.validation, self.config.context)
         title = TITLES[self.config.optimizer]
@@ -170,7 +170,7 @@ class Run:
                     raise Interrupted(f"Stopped after {step} of {steps} steps.")
 
     def step(self, step: int) -> None:
-        """Takes one step, without waiting for it to end."""
+        """Takes one step without waiting for it to finish."""
         size, context = self.config.batch_size, self.config.context
         windows = training_batch(self.text.train, size, context, self.config.seed, step)
         self.model, self.state, loss = train_step(
@@ -182,7 +182,7 @@ class Run:
         return float(validation_loss(self.model, held_out))
 
     def figures(self, steps_per_second: float | None) -> dict[str, str]:
-        """What the progress bar shows."""
+        """The values that the progress bar shows."""
         recent = [float(loss) for loss in self.train_losses[-REPORT_EVERY:]]
         figures = {"loss": f"{np.mean(recent):.3f}"}
         if isinstance(self.optim, eqx_ademamix.AdEMAMix):
@@ -199,19 +199,19 @@ class Run:
         return {**figures, "tokens/s": f"{tokens * (steps_per_second or 0):,.0f}"}
 
     def curve(self) -> Curve:
-        """What the plot shows."""
+        """The losses that the plot shows."""
         losses = [float(loss) for loss in self.train_losses]
         return Curve(TITLES[self.config.optimizer], losses, self.validation_losses)
 
 
 def report(config: Config, runs: list[Run]) -> None:
-    """Draws the losses, prints them, and has a sole model write some text."""
+    """Plots and prints the losses. After a single run, also generates some text."""
     curves = [run.curve() for run in runs]
     plot = config.plot or config.out / "loss.png"
     plot_losses(plot, curves)
-    print(f"Losses drawn in {plot}\n")
+    print(f"Loss plot saved to {plot}\n")
     if config.compare:
-        print("optimizer  learning rate  validation loss (nats a byte)")
+        print("optimizer  learning rate  validation loss (nats per byte)")
         for run, curve in zip(runs, curves, strict=True):
             rate, loss = run.config.peak_learning_rate, curve.validation[-1][1]
             print(f"{curve.label:<9}  {rate:<13g}  {loss:.4f}")
@@ -233,14 +233,14 @@ def main() -> int:
             if config.resume:
                 run.resume()
             else:
-                run.save()  # so that there is one to resume, however soon it ends
+                run.save()  # so that even a very short run can be resumed
         for run in runs:
             run.train(interrupt, config.steps)
     except (DataError, CheckpointError) as error:
         print(error, file=sys.stderr)
         return 2
     except Interrupted as interrupted:
-        print(f"{interrupted} To go on, run the same command with --resume.")
+        print(f"{interrupted} To continue, run the same command with --resume.")
         return 130
     report(config, runs)
     return 0

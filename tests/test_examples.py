@@ -242,7 +242,7 @@ def test_resume_with_other_settings_and_text(finished, text, tmp_path):
     other.write_bytes(text.read_bytes() + b"\n")
     args = ("--data", other, "--out", finished[0], "--width", "16")
     process = run(*args, "--resume")
-    check_error(process, "other settings: width=8 (now 16), text=")
+    check_error(process, "different settings: width=8 (now 16), text=")
     assert checkpoint.read_bytes() == before
 
 
@@ -257,7 +257,7 @@ def test_resume_from_a_damaged_checkpoint(finished, text, tmp_path):
 def test_impossible_options():
     process = run("--heads", "3")
     assert process.returncode == 2
-    assert "no multiple of heads" in process.stderr
+    assert "not a multiple of heads" in process.stderr
 
 
 #

@@ -42,7 +42,7 @@ def run(script: str, out: Path, *args: str | int) -> str:
 def test_sweep_is_one_program(tmp_path):
     args = ("--steps", 4, "--rates", 3, "--seeds", 2)
     printed = run("sweep_learning_rates.py", tmp_path, *args)
-    assert "12 runs. JAX has traced the training 1 time(s).\n" in printed
+    assert "12 runs. JAX traced the training 1 time(s).\n" in printed
     assert len(re.findall(r"^\d\.\d\de-0\d  ", printed, re.MULTILINE)) == 6
 
 
@@ -103,7 +103,7 @@ def test_member_of_an_ensemble_is_a_run_alone(monkeypatch):
 def test_frozen_layers_do_not_change(tmp_path):
     printed = run("finetune_frozen.py", tmp_path, "--steps", 60)
     assert "Weight decay acts on 3 of 8 arrays, 17,024 of 17,354 param" in printed
-    assert "frozen layers the same bit for bit: True" in printed
+    assert "frozen layers identical bit for bit: True" in printed
     rows = re.findall(r"([\d,]+) parameters trained, accuracy (\S+)", printed)
     assert [row[0] for row in rows] == ["17,354", "16,834", "16,834", "130"]
     assert float(rows[3][1]) > float(rows[1][1])
@@ -127,9 +127,9 @@ def test_killed_run_resumes_to_the_same_bits(tmp_path):
     printed = run("resume.py", tmp_path, "--steps", 80, "--save-every", 20)
     assert printed.startswith(
         "killed by SIGKILL after step 50\n"
-        "resumed after step 40, that of the last checkpoint\n"
+        "resumed from the last checkpoint, at step 40\n"
     )
-    assert printed.count("the same bit for bit: True\n") == 2
+    assert printed.count("identical bit for bit: True\n") == 2
     peace, killed = (tmp_path / f"{name}.eqx" for name in ("peace", "killed"))
     assert peace.read_bytes() == killed.read_bytes()
 
@@ -165,7 +165,7 @@ def test_log_holds_the_hyperparameters_that_steps_used(tmp_path):
         assert row["b3"] == pytest.approx(float(b3(step)), rel=1e-6)
         assert (row["update_norm"] > 0) == (row["learning_rate"] > 0) == (step > 0)
     assert rows[2]["learning_rate"] == pytest.approx(1e-3)
-    assert printed.splitlines()[-1].startswith("20 lines in ")
+    assert printed.splitlines()[-1].startswith("20 rows saved to ")
 
 
 def test_pinn_comes_near_the_exact_solution(tmp_path):
