@@ -1,4 +1,4 @@
-"""What finished runs of `train_better.py` say: tables and a plot."""
+"""Tables and a plot of the finished runs of `train_better.py`."""
 
 import dataclasses
 import statistics
@@ -18,13 +18,13 @@ class Result:
 
     settings: Mapping[str, Any]
     losses: Sequence[Sequence[float]]
-    """Triples: the step, the loss on the text for choosing, that on the text for
-    reporting."""
+    """Triples: the step, the loss on the selection text, and the loss on the reporting
+    text."""
     seconds: float
 
     @property
     def chosen_by(self) -> float:
-        """The final loss on the text for choosing; infinite after a divergence."""
+        """The final loss on the selection text. Infinite if the run diverged."""
         loss = self.losses[-1][1]
         return loss if np.isfinite(loss) else float("inf")
 
@@ -42,21 +42,21 @@ class Comparison:
     """All runs of the experiment."""
 
     tuning: Tuning
-    """By the learning rate, all with the first seed."""
+    """By learning rate, all with the first seed."""
     repeats: Repeats
-    """At the best learning rate, one a seed."""
+    """At the best learning rate, one run per seed."""
     longer: Mapping[int, Sequence[Result]]
-    """AdamW at its best rate, by the number of steps, one a seed."""
+    """Longer AdamW runs at the best rate, by number of steps, one run per seed."""
 
     @property
     def adamw(self) -> dict[int, Sequence[Result]]:
-        """AdamW at its best rate by the number of steps, the shortest first."""
+        """All AdamW runs at the best rate, by number of steps, shortest first."""
         runs = self.repeats["adamw"]
         return dict(sorted({runs[0].settings["steps"]: runs, **self.longer}.items()))
 
     @property
     def steps_needed(self) -> list[float]:
-        """AdamW's steps to AdEMAMix's final loss, one number a seed."""
+        """How many steps AdamW needs to reach AdEMAMix's final loss, for each seed."""
         targets = [run.reported for run in self.repeats["ademamix"]]
         losses = zip(*map(reported, self.adamw.values()), strict=True)
         lengths = list(self.adamw)
@@ -73,7 +73,7 @@ class Comparison:
 
 
 def best(results: Mapping[float, Result]) -> float:
-    """The learning rate with the lowest loss on the text for choosing."""
+    """The learning rate with the lowest loss on the selection text."""
     return min(results, key=lambda rate: results[rate].chosen_by)
 
 
@@ -84,9 +84,12 @@ def reported(runs: Sequence[Result]) -> list[float]:
 def steps_needed(
     lengths: Sequence[int], losses: Sequence[float], target: float
 ) -> float:
-    """The length of a run that ends at the target: interpolated between runs that end
-    above and below it, linearly in the logarithm of the length. The shortest length if
-    that is good enough, infinite if none is."""
+    """The length of a run that ends at the target loss.
+
+    Interpolates between runs that end above and below the target, linearly in the
+    logarithm of the length. Returns the shortest length if that run reaches the target,
+    and infinity if no run reaches it.
+    """
     if losses[0] <= target:
         return lengths[0]
     for i in range(1, len(lengths)):
@@ -97,12 +100,12 @@ def steps_needed(
 
 
 #
-# In words
+# Tables
 #
 
 
 def summary(comparison: Comparison) -> str:
-    """Tables in Markdown."""
+    """The tables, in Markdown."""
     seeds = [run.settings["seed"] for run in comparison.repeats["adamw"]]
     shortest, longest = min(comparison.adamw), max(comparison.adamw)
     needed = [
@@ -112,11 +115,11 @@ def summary(comparison: Comparison) -> str:
     seed_titles = [f"seed {seed}" for seed in seeds]
     return "\n\n".join(
         (
-            f"Learning rates: final loss on the text for choosing, seed {seeds[0]}.",
+            f"Learning rates: final loss on the selection text, seed {seeds[0]}.",
             _table(
                 ("optimizer", "learning rate", "loss", ""), _tuning_rows(comparison)
             ),
-            "At the best rate: final loss on the other text, in nats a byte.",
+            "At the best rate: final loss on the reporting text, in nats per byte.",
             _table(
                 ("optimizer", "steps", *seed_titles, "mean", "standard deviation"),
                 _final_rows(comparison),
@@ -168,13 +171,13 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 #
-# In a plot
+# Plot
 #
 
 
 def plot(comparison: Comparison, path: Path) -> None:
-    """Losses over the steps, with their range over the seeds, and the final losses of
-    AdamW by the length of the run."""
+    """Plots the losses by step, with their range over the seeds, and AdamW's final
+    losses by length of the run."""
     figure, (over_steps, final) = panels(2, 10.5, 4.2)
     longer = comparison.longer
     for color, steps in zip(shades("Blues", len(longer)), longer, strict=True):
@@ -188,8 +191,8 @@ def plot(comparison: Comparison, path: Path) -> None:
     first = np.mean([run.losses[0][2] for run in comparison.repeats["adamw"]])
     over_steps.set(
         xlabel="step",
-        ylabel="validation loss (nats a byte)",
-        # Cuts off the beginning, where nothing can be told apart.
+        ylabel="validation loss (nats per byte)",
+        # Cuts off the beginning, where the curves overlap.
         ylim=(None, highest + 0.5 * (first - highest)),
         title="loss over the steps: mean and range of the seeds",
     )
@@ -219,7 +222,7 @@ def _draw_final(axes: Axes, comparison: Comparison) -> None:
     axes.axhspan(min(ours), max(ours), color=RED, alpha=0.15, linewidth=0)
     axes.set(
         xlabel="steps of the run",
-        ylabel="final validation loss (nats a byte)",
+        ylabel="final validation loss (nats per byte)",
         xscale="log",
         xticks=lengths,
         xticklabels=lengths,

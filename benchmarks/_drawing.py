@@ -1,4 +1,4 @@
-"""What all figures have in common: their numbers, their looks."""
+"""What all figures share: the type of their numbers, and their style."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,18 +22,18 @@ class Number(NamedTuple):
 
     @property
     def text(self) -> str:
-        """As it is printed: with this number of significant digits."""
+        """The value, rounded to `digits` significant digits."""
         return f"{self.value:.{self.digits}g}"
 
 
 def panels(count: int, width: float = 9.6, height: float = 4.0, **kwargs: Any) -> Any:
-    """A figure, and its axes in a row."""
+    """A figure and a row of axes."""
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(1, count, squeeze=False, **kwargs)[0]
 
 
 def mosaic(layout: str, width: float, height: float) -> Any:
-    """A figure, and its axes by the letters of a layout."""
+    """A figure and its axes, keyed by the letters of the layout."""
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplot_mosaic(layout)
 
@@ -43,7 +43,7 @@ def legend(axes: Axes, **kwargs: Any) -> None:
 
 
 def shades(color_map: str, count: int) -> Sequence[Any]:
-    """Colors from light to dark, all of them visible on white."""
+    """Colors from light to dark. All of them are visible on white."""
     from matplotlib import colormaps
 
     return [
@@ -52,7 +52,7 @@ def shades(color_map: str, count: int) -> Sequence[Any]:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Makes all axes alike, and writes the figure, on white."""
+    """Applies the common style to all axes and saves the figure on white."""
     for axes in figure.findobj(Axes):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)

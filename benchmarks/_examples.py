@@ -1,6 +1,6 @@
-"""The examples' model, data and training, for the benchmarks.
+"""The model, data, and training code of the examples, for use in the benchmarks.
 
-The examples are scripts in one folder, and find each other by name.
+The examples are scripts in one folder and import each other by name.
 """
 
 import sys

@@ -1,9 +1,10 @@
-"""What memory does: a language model sees a batch once, and forgets it.
+"""Measures how a language model forgets a batch that it saw once.
 
-The paper's forgetting experiment, scaled down. The runs of one optimizer are the same
-up to a step, at which each sees a batch of its own, from text that no run is trained
-on. The loss of a batch is compared between the run that saw it and those that saw
-another one instead, so that every run is also a control for all others.
+This is the paper's forgetting experiment, scaled down. All runs of one optimizer are
+identical up to a certain step. At that step, each run trains on its own batch of
+held-out text. Later, the loss of each batch is compared between the run that saw it and
+the runs that saw another batch instead. Each run is therefore also a control for all
+other runs.
 """
 
 import copy
@@ -38,7 +39,7 @@ Curve = Float[np.ndarray, " times"]
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """When batches are seen, and when they are looked at again."""
+    """When the batches are seen, and when their losses are measured."""
 
     config: Config
     seen_at: int
@@ -46,13 +47,13 @@ class Plan:
 
     @property
     def times(self) -> list[int]:
-        """Steps after the batch: every one at first, then ever fewer."""
+        """The measurement times, in steps after the batch, at growing intervals."""
         last = self.config.steps - self.seen_at
         reported = {t for t in (1, 10, 100, 500, last) if t <= last}
         return sorted(reported | {round(t) for t in np.geomspace(1, last, 60)})
 
     def batches(self, text: Text) -> Windows:
-        """One for each run, from held-out text."""
+        """One batch for each run, from held-out text."""
         windows = validation_batches(text.validation, self.config.context)
         windows = windows.reshape(-1, windows.shape[-1])
         count = self.runs * self.config.batch_size
@@ -75,14 +76,14 @@ def losses_of(model: Transformer, batches: Windows) -> Float[Array, " batches"]:
 
 
 def branch(run: Run) -> Run:
-    """The same run in memory of its own. A step of training overwrites its model."""
+    """Copies a run and its arrays, because a training step overwrites its model."""
     other = copy.copy(run)
     other.model, other.state = copy_arrays((run.model, run.state))
     return other
 
 
 def measure(plan: Plan, name: OptimizerName, text: Text) -> Losses:
-    """The losses of all batches in all runs, over the steps since one was seen."""
+    """The loss of every batch in every run, at each measurement time."""
     batches = plan.batches(text)
     trunk = Run(dataclasses.replace(plan.config, optimizer=name), text)
     for step in range(1, plan.seen_at):
@@ -104,8 +105,10 @@ def _follow(
 
 
 def gains(losses: Losses) -> tuple[Curve, Curve]:
-    """How much lower the loss of a batch is where it was seen: the mean over the
-    batches, and its standard error."""
+    """How much lower the loss of a batch is in the run that saw it.
+
+    Returns the mean over the batches, and its standard error.
+    """
     runs = losses.shape[1]
     saw = np.diagonal(losses, axis1=1, axis2=2)
     never = (losses.sum(axis=1) - saw) / (runs - 1)
@@ -114,7 +117,7 @@ def gains(losses: Losses) -> tuple[Curve, Curve]:
 
 
 def forgetting(path: Path, short: bool) -> list[Number]:
-    """The loss of a batch that was seen once, against runs that never saw it."""
+    """Compares the run that saw a batch once with the runs that never saw it."""
     plan = make_plan(short)
     text = read_text(None, plan.config.context)
     figure, (absolute, relative) = panels(2)
@@ -134,13 +137,13 @@ def forgetting(path: Path, short: bool) -> list[Number]:
         )
         numbers += _numbers(plan, title, gain, error)
     for axes in (absolute, relative):
-        axes.set(xscale="log", xlabel="steps since then (1: right after the batch)")
+        axes.set(xscale="log", xlabel="steps since the batch (1: right after it)")
     legend(absolute, loc="lower left", ncols=2)
     legend(relative)
-    absolute.set(ylabel="loss (nats a byte)", title="loss of the batch")
+    absolute.set(ylabel="loss (nats per byte)", title="loss of the batch")
     low, high = absolute.get_ylim()
     absolute.set_ylim(low - 0.2 * (high - low), high)  # room for the legend
-    relative.set(ylabel="difference (nats a byte)", title="gain from having seen it")
+    relative.set(ylabel="difference (nats per byte)", title="gain from having seen it")
     relative.axhline(0, color="black", linewidth=0.8)
     save(figure, path)
     return numbers

@@ -1,5 +1,8 @@
-"""Figures of the rule itself: weights on past gradients, schedules, what alpha does,
-and the size of the updates of a small network."""
+"""Figures of the update rule itself.
+
+They show the weights on past gradients, the schedules, the effect of alpha, and the
+size of the updates of a small network.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,16 +22,17 @@ import eqx_ademamix
 
 
 #
-# The weights on past gradients (the idea of the paper's Figure 3b)
+# The weights on past gradients (after Figure 3b of the paper)
 #
 
 
 def past_weights(
     steps: int, b1: float = 0.9, b3: float = 0.9999, alpha: float = 0.0
 ) -> Float[np.ndarray, " steps"]:
-    """What is left in m1 + alpha m2 of a gradient of 1, after 0, 1, ... steps.
+    """What is left of a gradient of 1 in m1 + alpha m2, after 0, 1, ... steps.
 
-    Read from the state of the optimizer: one gradient is 1, all later ones are 0.
+    The values come from the state of the optimizer. One gradient is 1, and all later
+    gradients are 0.
     """
     optim = eqx_ademamix.AdEMAMix(1.0, b1=b1, b3=b3, alpha=alpha)
 
@@ -44,7 +48,7 @@ def past_weights(
 
 
 def past_gradients(path: Path, short: bool) -> list[Number]:
-    """How much each past gradient counts, and how old the gradients are that count."""
+    """Plots the weights of past gradients, and how much weight is on old gradients."""
     steps = 1000 if short else 100_000
     curves = (
         ("Adam, b1 = 0.9", past_weights(steps), GRAY),
@@ -58,8 +62,8 @@ def past_gradients(path: Path, short: bool) -> list[Number]:
         shares.plot(ages, _share_of_older(values), color=color, label=label)
     weights.set(xscale="log", yscale="log", ylim=(1e-7, 1), ylabel="weight")
     weights.set_title("weight of a past gradient")
-    shares.set(xscale="log", ylabel="share of all weight")
-    shares.set_title("share of what is at least that old")
+    shares.set(xscale="log", ylabel="share of the total weight")
+    shares.set_title("weight on gradients at least that old")
     for axes in (weights, shares):
         axes.set_xlabel("steps ago (1: the present gradient)")
     legend(weights, loc="upper right")
@@ -78,12 +82,12 @@ def _share_of_older(weights: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]
 
 
 #
-# The schedules over a run
+# The schedules during a run
 #
 
 
 def schedules(path: Path, short: bool) -> list[Number]:
-    """alpha, b3 and the half-life of b3 over a run that they span."""
+    """Plots alpha, b3, and the half-life of b3 during a run that the schedules span."""
     steps = 256_000
     alpha = eqx_ademamix.alpha_scheduler(8.0, warmup=steps)
     b3 = eqx_ademamix.beta3_scheduler(0.9999, 0.9, warmup=steps)
@@ -117,7 +121,7 @@ def schedules(path: Path, short: bool) -> list[Number]:
 
 
 #
-# What alpha does
+# The effect of alpha
 #
 
 
@@ -125,8 +129,11 @@ def schedules(path: Path, short: bool) -> list[Number]:
 def drift_and_noise(
     alphas: Float[Array, " alphas"], drift: float, steps: int
 ) -> tuple[Float[Array, " alphas"], Float[Array, " alphas"]]:
-    """Mean and standard deviation of the update, in units of the learning rate, when
-    gradients are unit noise around a small mean."""
+    """The mean and the standard deviation of the update.
+
+    The gradients are unit noise around a small mean. Both results are in units of the
+    learning rate.
+    """
     noise = jax.random.normal(jax.random.key(0), (2 * steps, 64))
 
     def run(optim: eqx_ademamix.AdEMAMix) -> Float[Array, "steps 64"]:
@@ -138,7 +145,7 @@ def drift_and_noise(
         # The first half fills the averages.
         return jax.lax.scan(step, state, noise)[1][steps:]
 
-    # One program for all of them: alpha is an array, with an axis to map over.
+    # One program for all values: alpha is an array with an axis to map over.
     optims = eqx.filter_vmap(
         lambda alpha: eqx_ademamix.AdEMAMix(1.0, b3=0.999, alpha=alpha)
     )(alphas)
@@ -147,7 +154,7 @@ def drift_and_noise(
 
 
 def what_alpha_does(path: Path, short: bool) -> list[Number]:
-    """Steps where the gradients agree grow with alpha, noise hardly does."""
+    """Where gradients agree, updates grow with alpha. The noise hardly grows."""
     alphas, drift = np.linspace(0.0, 10.0, 11), 0.1
     steps = 1000 if short else 8000
     means, noises = (
@@ -171,7 +178,7 @@ def what_alpha_does(path: Path, short: bool) -> list[Number]:
 
 
 #
-# The size of the updates (the idea of the paper's Figure 27)
+# The size of the updates (after Figure 27 of the paper)
 #
 
 
@@ -194,7 +201,7 @@ def cross_entropy(model: eqx.nn.MLP, batch: Any) -> Float[Array, ""]:
 def train(
     optim: eqx_ademamix.AdEMAMix, model: eqx.nn.MLP, batches: Batches
 ) -> tuple[Float[Array, " steps"], Float[Array, " steps"]]:
-    """The norm of the update and the loss, at each step."""
+    """Trains a network. Returns the norm of the update and the loss at each step."""
     arrays, static = eqx.partition(model, eqx.is_array)
 
     def step(carry: Any, batch: Any) -> tuple[Any, tuple[Array, Array]]:
@@ -209,7 +216,7 @@ def train(
 
 
 def update_norm(path: Path, short: bool) -> list[Number]:
-    """The norm of the update, and the loss, of a network that reads digits."""
+    """Plots the norm of the update and the loss of a network that classifies digits."""
     steps = 100 if short else 4000
     b3 = eqx_ademamix.beta3_scheduler(0.999, 0.9, warmup=steps)
     alpha = eqx_ademamix.alpha_scheduler(8.0, warmup=steps)
@@ -242,6 +249,6 @@ def update_norm(path: Path, short: bool) -> list[Number]:
 
 
 def _means(values: Float[np.ndarray, " n"], width: int = 20) -> tuple[np.ndarray, ...]:
-    """Steps, and the means of the values around them."""
+    """Returns steps and the mean value around each step."""
     means = values.reshape(-1, width).mean(axis=1)
     return (np.arange(len(means)) + 0.5) * width, means

@@ -1,4 +1,4 @@
-"""Two figures of the paper in two dimensions, in float64: Figure 18 and Figure 2."""
+"""The two-dimensional Figures 18 and 2 of the paper, in float64."""
 
 import contextlib
 from collections.abc import Callable, Generator, Iterator
@@ -24,7 +24,7 @@ Function = Callable[[Point], Float[Array, ""]]
 
 @contextlib.contextmanager
 def float64() -> Generator[None, None, None]:
-    """64-bit types, in all versions of JAX."""
+    """Enables 64-bit types, in all versions of JAX."""
     before = bool(jax.config.read("jax_enable_x64"))
     jax.config.update("jax_enable_x64", True)
     try:
@@ -36,7 +36,7 @@ def float64() -> Generator[None, None, None]:
 def descend(
     function: Function, optim: Any, state: Any, start: Point, steps: int
 ) -> Points:
-    """The points that an optimizer goes through, without the start."""
+    """The points that an optimizer visits, without the start."""
 
     def step(carry: tuple[Point, Any], _: None) -> tuple[tuple[Point, Any], Point]:
         point, state = carry
@@ -49,7 +49,7 @@ def descend(
 
 
 #
-# Figure 18: two ways into one valley
+# Figure 18: two paths into one valley
 #
 
 
@@ -63,7 +63,7 @@ def two_wells(point: Point) -> Float[Array, ""]:
 
 
 def figure_18_path(momentum: tuple[float, float], steps: int = 2000) -> Points:
-    """AdEMAMix from a point, with both averages of the gradient at `momentum`."""
+    """The path of AdEMAMix if both averages of the gradient start at `momentum`."""
     optim = eqx_ademamix.AdEMAMix(0.1, b1=0.9, b2=0.999, b3=0.999, alpha=1.0)
     start = jnp.asarray(START_18, float)
     state = eqx.tree_at(
@@ -75,7 +75,7 @@ def figure_18_path(momentum: tuple[float, float], steps: int = 2000) -> Points:
 
 
 def figure_18(path: Path, short: bool) -> list[Number]:
-    """The paper's Figure 18: what the averages hold decides on the way."""
+    """The paper's Figure 18: the initial averages determine the path."""
     with float64():
         paths = [np.asarray(figure_18_path(m)) for m in MOMENTA_18]
     figure, (plane, heights) = panels(2, width_ratios=(5, 4))
@@ -88,7 +88,7 @@ def figure_18(path: Path, short: bool) -> list[Number]:
     plane.plot(*START_18, "ko", markersize=5)
     plane.plot(1, 4, "k*", markersize=12)
     plane.set(xlabel="x", ylabel="y", title="start (dot) and minimum (star)")
-    heights.set(xlabel="step", ylabel="f", yscale="log", title="height on the way")
+    heights.set(xlabel="step", ylabel="f", yscale="log", title="height along the path")
     legend(heights, title="at the start")
     save(figure, path)
     return [
@@ -109,7 +109,7 @@ ADEMAMIX_B3 = (0.999, 0.9999)
 
 
 class Descent(NamedTuple):
-    """The points that an optimizer went through, to the minimum at (1, 1)."""
+    """The points that an optimizer visited on its way to the minimum at (1, 1)."""
 
     label: str
     points: Float[np.ndarray, "steps 2"]
@@ -130,8 +130,8 @@ def figure_2_adam(b1: float, steps: int = 5000) -> Points:
 
 
 def figure_2_ademamix(b3: float, corrected: bool, steps: int = 5000) -> Points:
-    """With the slow average as Algorithm 1 has it, or corrected for its bias."""
-    # The correction of m2 is a factor, and so is alpha.
+    """AdEMAMix with the slow average as in Algorithm 1, or corrected for its bias."""
+    # The correction multiplies m2, and so does alpha, so alpha can include it.
     alpha = lambda count: 9 / (1 - b3 ** (count + 1))
     optim = eqx_ademamix.AdEMAMix(0.006, b3=b3, alpha=alpha if corrected else 9.0)
     start = jnp.asarray(START_2, float)
@@ -139,7 +139,7 @@ def figure_2_ademamix(b3: float, corrected: bool, steps: int = 5000) -> Points:
 
 
 def figure_2(path: Path, short: bool) -> list[Number]:
-    """The paper's Figure 2, and beside it how the distances go on."""
+    """The paper's Figure 2, and the distances in longer runs."""
     steps = 5000 if short else 15_000
     with float64():
         adam = [_adam_run(b1) for b1 in ADAM_B1]
@@ -174,7 +174,7 @@ def _numbers_2(run: Descent) -> Iterator[Number]:
 
 
 def first_pass(distances: Float[np.ndarray, " steps"]) -> int:
-    """The first step that is nearer than 1 to the minimum, and nearer than the next."""
+    """The first step that is within 1 of the minimum and closer than the next step."""
     is_pass = (distances[:-1] < 1) & (distances[:-1] < distances[1:])
     return int(np.flatnonzero(is_pass)[0]) + 1
 
@@ -203,7 +203,7 @@ def _draw_figure_2(
     plane.plot(1, 1, "k*", markersize=12, zorder=5)
     plane.set(xlabel="x", ylabel="y", title="5000 steps from the dot; minimum: star")
     first.set_title("distance to the minimum")
-    longer.set(title="distance, and how it goes on", ylim=(1e-5, 30))
+    longer.set(title="distance in longer runs", ylim=(1e-5, 30))
     for each in (first, longer):
         each.set(xlabel="step", yscale="log")
         legend(each, loc="lower left", fontsize="x-small")
@@ -217,7 +217,7 @@ def contours(
     y: tuple[float, float],
     levels: Any,
 ) -> None:
-    """Lines of equal height of a function, in the given window."""
+    """Draws contour lines of a function in the given window."""
     grid: Any = np.meshgrid(np.linspace(*x, 300), np.linspace(*y, 300))
     heights = function(grid)
     axes.contour(*grid, heights, levels, colors="tab:olive", linewidths=0.5, alpha=0.7)

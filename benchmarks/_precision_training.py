@@ -1,4 +1,4 @@
-"""The main job's model, trained with state and parameters in several formats."""
+"""Trains the example language model with several state and parameter formats."""
 
 import csv
 import dataclasses
@@ -30,7 +30,7 @@ SMOOTH = 20  # steps
 
 
 class Variant(NamedTuple):
-    """What is stored how."""
+    """How the parameters and the state are stored."""
 
     parameters: Any
     state_format: StateFormat
@@ -51,7 +51,7 @@ VARIANTS = {
 
 
 class StoredRun(Run):
-    """A run of the main job with a variant."""
+    """A run of the language model example with one of the variants."""
 
     def use(self, variant: Variant) -> None:
         optim = dataclasses.replace(self.optim, state_format=variant.state_format)
@@ -72,16 +72,16 @@ class StoredRun(Run):
 
 
 class Outcome(NamedTuple):
-    """How a run ended."""
+    """The outcome of a run."""
 
     variant: str
     seed: int
     steps: int
     validation_loss: float
-    """In nats a byte."""
+    """In nats per byte."""
     largest_rise: float
-    """Of the smoothed training loss over its lowest value before, after a sixteenth of
-    the run: a spike."""
+    """The largest rise of the smoothed training loss above its lowest earlier value.
+    The first sixteenth of the run does not count. A large rise is a spike."""
 
 
 def train(name: str, seed: int, out: Path, steps: int) -> Outcome:
@@ -119,7 +119,7 @@ def write_outcomes(path: Path, outcomes: list[Outcome]) -> None:
 
 
 def compare(out: Path, steps: int, only: list[str] | None) -> None:
-    """Trains what has not been trained yet, and prints a table."""
+    """Trains all runs that are missing in the results file, and prints a table."""
     path = out / "training.csv"
     outcomes = read_outcomes(path)
     for name in only or VARIANTS:

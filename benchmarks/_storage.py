@@ -1,5 +1,8 @@
-"""The ways in which a moment can be stored, of this package and of others, as functions
-from a float32 array and a key to what is read back."""
+"""Several ways to store a moment, both from this package and from elsewhere.
+
+Each one is a function that takes a float32 array and a key. It returns the array as it
+is read back.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -20,7 +23,7 @@ class Storage(NamedTuple):
 
     name: str
     bytes: float
-    """Of a parameter, scales included."""
+    """Bytes per parameter, including scales."""
     round_trip: Callable[[Array, Array], Array]
 
 
@@ -47,7 +50,7 @@ def _stochastic_bfloat16(x: Array, key: Array) -> Array:
 
 
 def _in_blocks(fn: Callable[[Array, Array], Array]) -> Callable[[Array, Array], Array]:
-    """Applies a function of a block and of its largest magnitude to each block."""
+    """Applies a function of a block and its largest magnitude to each block."""
 
     def round_trip(x: Array, key: Array) -> Array:
         blocks = x.reshape(-1, BLOCK)
@@ -68,9 +71,13 @@ def _linear(bits: int) -> Callable[[Array, Array], Array]:
 
 
 def dynamic_map() -> Any:
-    """The 256 numbers of dynamic tree quantisation (Dettmers et al. 2022,
-    arXiv:2110.02861, section 1.3): a sign, a power of ten from 1e-6 to 1, and a linear
-    fraction between 0.1 and 1 with one bit more for each power; then 0 and 1."""
+    """The 256 numbers of dynamic tree quantization (Dettmers et al. 2022,
+    arXiv:2110.02861, section 1.3).
+
+    Each number has a sign, a power of ten from 1e-6 to 1, and a linear fraction between
+    0.1 and 1. The fraction gets one more bit with each power. The map also contains 0
+    and 1.
+    """
     positive = []
     for exponent in range(7):
         edges = np.linspace(0.1, 1, 2**exponent + 1)
@@ -85,7 +92,7 @@ def _dynamic(blocks: Array, largest: Array) -> Array:
     return numbers[jnp.searchsorted(middles, blocks / largest)] * largest
 
 
-_SCALE = 4 / BLOCK  # a float32 number a block
+_SCALE = 4 / BLOCK  # one float32 number per block
 
 STORAGES = (
     Storage("float32", 4, lambda x, key: x),

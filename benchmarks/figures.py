@@ -1,8 +1,9 @@
-"""Draws the figures of the reproductions page, and writes the numbers that they show.
+"""Draws the figures of the reproductions page and writes the numbers that they show.
 
-All of them: `python benchmarks/figures.py` (about ten minutes on two cores, most of
-them for the forgetting experiment). One: `python benchmarks/figures.py figure_18`. Only
-to see that all can be drawn: `--short`, which writes to `runs/figures`.
+To draw all figures, run `python benchmarks/figures.py`. This takes about ten minutes on
+two cores, most of it for the forgetting experiment. To draw one figure, run
+`python benchmarks/figures.py figure_18`. To check that every figure can be drawn, add
+`--short`, which writes to `runs/figures`.
 """
 
 import argparse
@@ -25,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def train_better(path: Path, short: bool) -> list[Number]:
-    """The comparison with AdamW, from the runs that are recorded in the docs."""
+    """The comparison with AdamW, from the runs recorded in the docs."""
     found = recorded(ROOT / "docs/train_better.jsonl")
     path.parent.mkdir(parents=True, exist_ok=True)
     plot_comparison(found, path)
@@ -39,7 +40,7 @@ def train_better(path: Path, short: bool) -> list[Number]:
 
 
 def storage_formats(path: Path, short: bool) -> list[Number]:
-    """The slow average in each storage format against float64."""
+    """The error of the slow average in each storage format, compared with float64."""
     steps = 800 if short else 40_000
     with float64():
         outcomes = [precision.measure(s, steps, 0) for s in precision.STORAGES]
@@ -51,7 +52,7 @@ def storage_formats(path: Path, short: bool) -> list[Number]:
     ]
 
 
-# Each draws to a path, at a short length if asked to, and returns its numbers.
+# Each function draws to a path and returns its numbers. The bool asks for a short run.
 FIGURES: dict[str, Callable[[Path, bool], list[Number]]] = {
     "figure_18": figure_18,
     "figure_2": figure_2,
@@ -69,7 +70,7 @@ HEADER: Row = ("figure", "quantity", "value")
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The numbers in a file of earlier runs, none if there is no such file."""
+    """The numbers in a file from earlier runs. Empty if the file does not exist."""
     if not path.exists():
         return []
     with path.open(newline="") as file:
@@ -84,25 +85,25 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
 
 
 def merged(before: Sequence[Row], new: dict[str, list[Row]]) -> list[Row]:
-    """The rows of all figures in order: the new ones if there are any, else the old."""
+    """The rows of all figures, in order. New rows replace the old rows of a figure."""
     old = {name: [row for row in before if row[0] == name] for name in FIGURES}
     return [row for name in FIGURES for row in new.get(name, old[name])]
 
 
 def table(rows: Iterable[Row]) -> str:
-    """The numbers in Markdown, as they stand on the page."""
+    """The numbers as a Markdown table, exactly as on the page."""
     lines = [f"| {' | '.join(row)} |" for row in (HEADER, *rows)]
     return "\n".join([lines[0], "| --- | --- | --- |", *lines[1:]])
 
 
 def draw(names: Iterable[str], out: Path, short: bool) -> list[Row]:
-    """Draws figures to OUT/images, and puts their numbers into OUT/figures.csv."""
+    """Draws figures to OUT/images and writes their numbers to OUT/figures.csv."""
     new: dict[str, list[Row]] = {}
     for name in names:
         path = out / "images" / f"{name}.png"
         numbers = FIGURES[name](path, short)
         new[name] = [(name, number.quantity, number.text) for number in numbers]
-        print(f"{name}: drawn in {path}")
+        print(f"{name}: saved to {path}")
     rows = merged(read_rows(out / "figures.csv"), new)
     write_rows(out / "figures.csv", rows)
     return [row for row in rows if row[0] in new]
@@ -110,13 +111,17 @@ def draw(names: Iterable[str], out: Path, short: bool) -> list[Row]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("figures", nargs="*", help=f"of {', '.join(FIGURES)}")
-    parser.add_argument("--short", action="store_true", help="under a minute in all")
-    parser.add_argument("--out", type=Path, help="docs, or with --short runs/figures")
+    parser.add_argument("figures", nargs="*", help=f"any of {', '.join(FIGURES)}")
+    parser.add_argument(
+        "--short", action="store_true", help="short runs, under a minute"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="default: docs, or runs/figures with --short"
+    )
     args = parser.parse_args()
     names = args.figures or list(FIGURES)
     if unknown := [name for name in names if name not in FIGURES]:
-        parser.error(f"no figure {unknown[0]}, choose from {', '.join(FIGURES)}")
+        parser.error(f"unknown figure {unknown[0]}; choose from {', '.join(FIGURES)}")
     out = args.out or (Path("runs/figures") if args.short else ROOT / "docs")
     print(table(draw(names, out, args.short)))
 

@@ -1,12 +1,13 @@
-"""What storing the slow average `m2` in fewer bytes does to it, and to training.
+"""Measures how storing the slow average `m2` in fewer bytes affects it and training.
 
-    python benchmarks/precision.py            # the table and the plot, a minute
+    python benchmarks/precision.py            # the table and the plot: one minute
     python benchmarks/precision.py --memory   # peak memory of a step
-    python benchmarks/precision.py --train    # three seeds of each, two hours
+    python benchmarks/precision.py --train    # three seeds per variant: two hours
 
-The protocol of the table: 4096 elements whose gradients have log-normal scales sigma,
-the mean 0.05 sigma (times a normal number) and noise sigma; b3 = 0.9999; 40 000 steps;
-half-way the mean is multiplied by -0.5. Compared with float64, in units of sigma.
+The table uses the following protocol. There are 4096 elements, and their gradients have
+log-normal scales sigma. The mean of each gradient is 0.05 sigma times a normal random
+number, and its noise is sigma. The run takes 40,000 steps at b3 = 0.9999. Halfway, the
+mean is multiplied by -0.5. The results are compared with float64, in units of sigma.
 """
 
 import argparse
@@ -29,21 +30,21 @@ from eqx_ademamix import AdEMAMix, StateFormat
 
 SIZE = 4096
 B3 = 0.9999
-NUM_POINTS = 80  # of a curve
+NUM_POINTS = 80  # in each curve
 
 
 class Outcome(NamedTuple):
-    """What became of `m2` in a format."""
+    """The accuracy of `m2` in a storage format."""
 
     name: str
     bytes: float
     relative_error: float
-    """Root mean square over the elements, over that of `m2`."""
+    """The root mean square error, divided by the root mean square of `m2`."""
     cosine: float
     left: float
-    """What is left of `m2` after 10 000 steps without gradient: should be 0.3678."""
+    """The share of `m2` left after 10,000 steps with zero gradients. Exact: 0.3679."""
     errors: Float[np.ndarray, " points"]
-    """The relative error over time, as a share of the largest `m2`."""
+    """The error over time, as a share of the largest norm of `m2`."""
 
 
 def gradients(seed: int) -> tuple[Array, Array]:
@@ -58,7 +59,7 @@ def average(m2: Array, gradient: Array) -> Array:
 
 
 def follow(storage: Storage, steps: int, seed: int) -> tuple[Any, Any]:
-    """`m2` in a format, and in float64, at some times of the protocol, over sigma."""
+    """`m2` in a storage format and in float64, in units of sigma, at several times."""
     sigma, mean = gradients(seed)
 
     def step(carry: tuple[Array, Array], t: Array) -> tuple[tuple[Array, Array], None]:
@@ -81,7 +82,7 @@ def follow(storage: Storage, steps: int, seed: int) -> tuple[Any, Any]:
 
 
 def forget(storage: Storage, steps: int, seed: int) -> float:
-    """The share of `m2` that is left after steps without gradient."""
+    """The share of `m2` that is left after steps with zero gradients."""
     start, _ = gradients(seed)
 
     def step(m2: Array, t: Array) -> tuple[Array, None]:
@@ -156,8 +157,10 @@ def plot(path: Path, outcomes: Sequence[Outcome], steps: int) -> None:
 
 
 def peak_memory(state_format: StateFormat, width: int) -> dict[str, float]:
-    """Bytes a parameter of a jitted, donated step: what goes in, and what the compiler
-    sets aside beside that."""
+    """The memory of a jitted step with donated arguments, in bytes per parameter.
+
+    Counts the state and the temporary buffers that the compiler allocates.
+    """
     params = {f"layer {i}": jnp.zeros((width, width)) for i in range(8)}
     optim = AdEMAMix(1e-3, state_format=state_format)
     state = eqx_ademamix.init(optim, params)
@@ -183,7 +186,7 @@ def print_memory(width: int) -> None:
     for name in ("float32", "half", "compact"):
         figures = peak_memory(getattr(StateFormat, name)(), width)
         cells = [f"{key} {value:,.2f}" for key, value in figures.items()]
-        print(f"{name:<8} bytes a parameter: {', '.join(cells)}")
+        print(f"{name:<8} bytes per parameter: {', '.join(cells)}")
 
 
 def main() -> None:
@@ -193,11 +196,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--memory", action="store_true")
     parser.add_argument(
-        "--width", type=int, default=1936, help="of --memory's 8 layers"
+        "--width", type=int, default=1936, help="--memory: width of the 8 layers"
     )
     parser.add_argument("--train", action="store_true")
     parser.add_argument("--train-steps", type=int, default=8000)
-    parser.add_argument("--only", nargs="*", help="--train: these variants, in order")
+    parser.add_argument(
+        "--only", nargs="*", help="--train: only these variants, in order"
+    )
     args = parser.parse_args()
     if args.memory:
         print_memory(args.width)

@@ -1,17 +1,18 @@
-"""Does AdEMAMix train better than AdamW? Each at its own best learning rate.
+"""Compares AdEMAMix with AdamW, each at its own best learning rate.
 
-Trains the transformer of `examples/train_language_model.py` on its text, in all about
-an hour on two cores. Each optimizer is run at four learning rates or more with the
-first seed: while the best is the lowest or the highest, the next one beyond it is
-tried, too. Then at its best rate with the other seeds, and AdamW also in longer runs,
-with schedules that span them, until it reaches AdEMAMix's final loss: after how many
-steps?
+Trains the transformer of `examples/train_language_model.py` on the same text. This
+takes about an hour on two cores. With the first seed, each optimizer runs at four or
+more learning rates. As long as the best rate is the lowest or the highest one, the next
+rate beyond it is tried too. Each optimizer then runs at its best rate with the other
+seeds. AdamW also runs for more steps, with schedules that span the longer run, until it
+reaches AdEMAMix's final loss. This shows how many steps AdamW needs.
 
-The held-out text is halved: the first half of the files chooses the learning rates, the
-other half gives the losses that are reported.
+The held-out text is split in half. The first half of the files selects the learning
+rates. The other half gives the reported losses.
 
-Every finished run is a line of OUT/runs.jsonl. The same command goes on where it was
-stopped, run by run. For the options: `python benchmarks/train_better.py --help`.
+Each finished run is a line in OUT/runs.jsonl. If you stop the benchmark, the same
+command continues after the last finished run. To list the options, run
+`python benchmarks/train_better.py --help`.
 """
 
 import dataclasses
@@ -57,21 +58,22 @@ NUM_EVALUATIONS = 16
 
 @dataclasses.dataclass(frozen=True)
 class BetterConfig(Config):
-    """Compares AdamW and AdEMAMix, each at the best of its learning rates."""
+    """Compares AdamW and AdEMAMix, each at its best learning rate."""
 
     out: Path = Path("runs/train_better")
-    """The folder for the finished runs, the tables and the plot."""
+    """The folder for the finished runs, the tables, and the plot."""
     plot: Path | None = None
-    """Where to draw the losses. By default OUT/train_better.png."""
+    """Path of the loss plot. The default is OUT/train_better.png."""
     rates: tuple[float, ...] = (2e-3, 4e-3, 8e-3, 16e-3)
-    """The peaks of the learning rate to begin with, each the same factor apart."""
+    """The first peak learning rates to try, in steps of a constant factor."""
     most_rates: int = 7
-    """How many are tried at most. The table shows if the best is still at the edge."""
+    """The maximum number of learning rates to try. The table shows whether the best one
+    is still at the edge."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """The first chooses the learning rates. All are reported."""
+    """The seeds. The first one selects the learning rates. All are reported."""
     longer: tuple[float, ...] = (1.25, 1.5, 2.0)
-    """How much longer AdamW is trained for, too: in turn, until it is as good."""
-    # Options of the example that vary here from run to run, or that this one has not.
+    """Factors for longer AdamW runs. They are tried in order until AdamW is as good."""
+    # Options of the example that differ from run to run, or that do not apply here.
     resume: Suppress[Fixed[bool]] = False
     compare: Suppress[Fixed[bool]] = False
     optimizer: Suppress[Fixed[OptimizerName]] = "ademamix"
@@ -82,17 +84,17 @@ class BetterConfig(Config):
         super().__post_init__()
         if len(self.rates) < 2 or list(self.rates) != sorted(set(self.rates)):
             raise ValueError(
-                f"rates is {self.rates}, but must be two or more that rise"
+                f"rates is {self.rates}, but must be two or more increasing numbers"
             )
         if not self.seeds:
             raise ValueError("seeds is empty, but at least one is needed")
         if [1.0, *self.longer] != sorted({1.0, *self.longer}):
             raise ValueError(
-                f"longer is {self.longer}, but must be factors above 1 that rise"
+                f"longer is {self.longer}, but must be increasing factors above 1"
             )
 
     def one_run(self, name: OptimizerName, **changes: Any) -> Config:
-        """The options of the example for one run."""
+        """The options of a single run of the example."""
         names = (field.name for field in dataclasses.fields(Config))
         options: dict[str, Any] = {i: getattr(self, i) for i in names}
         options["optimizer"] = name
@@ -100,7 +102,7 @@ class BetterConfig(Config):
 
 
 class Ledger:
-    """The finished runs, in a file with one line each."""
+    """The finished runs, in a file with one line per run."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -112,7 +114,7 @@ class Ledger:
         return found[0] if found else None
 
     def add(self, result: Result) -> None:
-        """Writes the file anew: with all of the line, or none, whatever happens."""
+        """Adds a run and rewrites the file atomically."""
         self.results.append(result)
         lines = [json.dumps(dataclasses.asdict(i)) + "\n" for i in self.results]
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -122,16 +124,16 @@ class Ledger:
 
 
 def halves(text: Text, context: int) -> tuple[Windows, Windows]:
-    """Held-out text to choose the learning rate by, and other text to report."""
+    """Held-out text to select the learning rate, and other held-out text to report."""
     batches = validation_batches(text.validation, context)
     if len(batches) < 2:
-        raise DataError("The held-out text is too short to be halved.")
+        raise DataError("The held-out text is too short to split in half.")
     middle = len(batches) // 2
     return batches[:middle], batches[middle:]
 
 
 def train(config: Config, text: Text) -> Result:
-    """One run from its start to its end."""
+    """Trains one run from start to finish."""
     start, run = time.perf_counter(), Run(config, text)
     held_out = halves(text, config.context)
     every = max(1, config.steps // NUM_EVALUATIONS)
@@ -146,7 +148,7 @@ def train(config: Config, text: Text) -> Result:
 
 
 class Experiment:
-    """The runs that the comparison needs. Those that are finished are not trained."""
+    """The runs that the comparison needs. Finished runs are not trained again."""
 
     def __init__(self, config: BetterConfig, text: Text):
         self.config, self.text = config, text
@@ -161,7 +163,7 @@ class Experiment:
         return found
 
     def tune(self, name: OptimizerName) -> dict[float, Result]:
-        """Results by the learning rate, with the best not at the edge if possible."""
+        """Results by learning rate. Adds rates while the best one is at the edge."""
         seed, rates = self.config.seeds[0], self.config.rates
         results = self._at(name, rates, seed)
         while len(results) < self.config.most_rates:
@@ -179,7 +181,7 @@ class Experiment:
         }
 
     def repeat(self, name: OptimizerName, rate: float, steps: int) -> list[Result]:
-        """One result a seed."""
+        """One result per seed."""
         return [
             self.result(name, learning_rate=rate, seed=seed, steps=steps)
             for seed in self.config.seeds
@@ -195,7 +197,7 @@ class Experiment:
         return Comparison(tuning, repeats, self.longer(rates["adamw"], repeats))
 
     def longer(self, rate: float, repeats: Repeats) -> dict[int, list[Result]]:
-        """AdamW's longer runs by their lengths, until it is as good with all seeds."""
+        """Longer AdamW runs by length, until AdamW is as good with every seed."""
         results: dict[int, list[Result]] = {}
         last = repeats["adamw"]
         for factor in self.config.longer:
@@ -207,13 +209,13 @@ class Experiment:
 
 
 def is_as_good(runs: Sequence[Result], others: Sequence[Result]) -> bool:
-    """Whether each run ends as low as the other one with the same seed."""
+    """Whether each run ends at least as low as the other run with the same seed."""
     pairs = zip(reported(runs), reported(others), strict=True)
     return all(loss <= other for loss, other in pairs)
 
 
 def recorded(path: Path) -> Comparison:
-    """What the finished runs in a file say, whatever text they were trained on."""
+    """The comparison of the finished runs in a file, whatever text they used."""
     ledger = Ledger(path)
     text: Any = types.SimpleNamespace(fingerprint=ledger.results[0].settings["text"])
     experiment = Experiment(BetterConfig(), text)
@@ -222,7 +224,7 @@ def recorded(path: Path) -> Comparison:
 
 
 def next_rate(rates: Sequence[float], best: float) -> float | None:
-    """The rate beyond the best one if that is the first or the last of sorted rates."""
+    """The next rate to try if the best of the sorted rates is the first or the last."""
     if best == rates[0]:
         return rates[0] ** 2 / rates[1]
     if best == rates[-1]:
@@ -239,7 +241,9 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("Stopped. The same command goes on after the runs that are finished.")
+        print(
+            "Stopped. Run the same command again to continue after the finished runs."
+        )
         return 130
     plot(comparison, config.plot or config.out / "train_better.png")
     tables = summary(comparison)

@@ -1,9 +1,9 @@
-"""What a jitted update costs on the host, beside `optax.contrib.ademamix`.
+"""Measures the host cost of a jitted update, compared with `optax.contrib.ademamix`.
 
-Both sides run in turn in one process on one model, so that the ratio holds on a noisy
-machine. Small arrays: what is measured is the way in and out of the compiled program,
-not the arithmetic in it. The last line compares the compiled programs with and without
-jaxtyping's checks, which run at trace time only.
+Both optimizers take turns in one process on one model, so that their ratio is reliable
+on a noisy machine. The arrays are small, so the benchmark measures the cost of entering
+and leaving the compiled program, not its arithmetic. The last line compares the
+compiled programs with and without jaxtyping's checks, which run only at trace time.
 """
 
 import argparse
@@ -59,8 +59,10 @@ def compiled_text(disable: bool) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=20, help="rounds over all sides")
-    parser.add_argument("--calls", type=int, default=300, help="calls a side and round")
+    parser.add_argument("--repeats", type=int, default=20, help="number of rounds")
+    parser.add_argument(
+        "--calls", type=int, default=300, help="calls per variant and round"
+    )
     args = parser.parse_args()
     runs = make_runs()
     for run in runs.values():
@@ -71,9 +73,9 @@ def main() -> None:
             times[name].append(microseconds(run, args.calls))
     for name, values in times.items():
         low, mid, high = min(values), statistics.median(values), max(values)
-        print(f"{name:45} {mid:7.1f} us a call (from {low:.1f} to {high:.1f})")
+        print(f"{name:45} {mid:7.1f} us per call (from {low:.1f} to {high:.1f})")
     same = compiled_text(disable=False) == compiled_text(disable=True)
-    print(f"the program with checks and without them is the same: {same}")
+    print(f"program is identical with and without checks: {same}")
 
 
 if __name__ == "__main__":

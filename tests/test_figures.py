@@ -305,17 +305,17 @@ def test_text_to_choose_by_and_text_to_report_do_not_meet(module: Any):
     assert choosing.shape == reporting.shape
     assert choosing.max() < reporting.min()
     short = examples.Text(held_out[:0], held_out[:1000])
-    with pytest.raises(train_better.DataError, match="too short to be halved"):
+    with pytest.raises(train_better.DataError, match="too short to split in half"):
         train_better.halves(short, 63)
 
 
 @pytest.mark.parametrize(
     ("options", "error"),
     (
-        ({"rates": (2e-3, 1e-3)}, "must be two or more that rise"),
+        ({"rates": (2e-3, 1e-3)}, "must be two or more increasing numbers"),
         ({"seeds": ()}, "seeds is empty"),
-        ({"longer": (0.5,)}, "must be factors above 1"),
-        ({"longer": (2.0, 1.5)}, "must be factors above 1 that rise"),
+        ({"longer": (0.5,)}, "must be increasing factors above 1"),
+        ({"longer": (2.0, 1.5)}, "must be increasing factors above 1"),
     ),
 )
 def test_impossible_options(module: Any, options: Any, error: str):
