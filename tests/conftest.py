@@ -1,9 +1,9 @@
-"""Settings for all tests: eight devices, strict promotion."""
+"""Settings for all tests: eight devices and strict promotion."""
 
 import os
 
 
-# Before JAX is imported, which reads it.
+# Must be set before JAX is imported, because JAX reads it then.
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
 import jax
@@ -16,14 +16,14 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 @pytest.fixture
 def standard_promotion():
-    """For tests that run the arithmetic of optax, which adds integers and floats."""
+    """For tests that run optax code, which adds integers and floats."""
     with jax.numpy_dtype_promotion("standard"):
         yield
 
 
 @pytest.fixture
 def getkey():
-    # Delayed: jaxtyping's import hook must come before the first import of Equinox.
+    # Imported here, because jaxtyping's import hook must come before Equinox.
     import equinox.internal as eqxi
 
     return eqxi.GetKey()

@@ -1,4 +1,4 @@
-"""A float64 reference in NumPy, models, and comparisons of trees."""
+"""A float64 reference in NumPy, test models, and functions to compare trees."""
 
 import inspect
 from collections.abc import Callable
@@ -61,7 +61,7 @@ def reference_step(
     eps_root: float = 0.0,
     weight_decay: float = 0.0,
 ) -> Reference:
-    """The step number `t`, counted from 1."""
+    """Computes step number `t`, counted from 1."""
     g = np.asarray(g).astype(ref.p.dtype)
     m1 = b1 * ref.m1 + (1 - b1) * g
     m2 = b3 * ref.m2 + (1 - b3) * g
@@ -77,7 +77,7 @@ def reference_alpha(t: int, alpha: float, warmup: int) -> float:
 
 
 def reference_b3(t: int, b3: float, start: float, warmup: int) -> float:
-    """Section 3 of the paper, as printed there."""
+    """The schedule exactly as printed in Section 3 of the paper."""
     log_start, log_end = np.log(start), np.log(b3)
     mix = (1 - t / warmup) * log_end + t / warmup * log_start
     return min(np.exp(log_start * log_end / mix), b3) if t < warmup else b3
@@ -89,7 +89,7 @@ def reference_b3(t: int, b3: float, start: float, warmup: int) -> float:
 
 
 def tree_type(tree: Any) -> Any:
-    """All of a tree but its numbers: structure, shapes, dtypes, weak types."""
+    """Everything in a tree except its values: structure, shapes, dtypes, weak types."""
     leaves, treedef = jtu.tree_flatten(tree)
     return treedef, [
         (x.shape, x.dtype, x.weak_type) if isinstance(x, jax.Array) else x
@@ -98,7 +98,7 @@ def tree_type(tree: Any) -> Any:
 
 
 def max_error(x: Any, reference: Any) -> float:
-    """The largest deviation, in units of the largest entry."""
+    """The largest deviation, relative to the largest entry of the reference."""
     x, reference = np.asarray(x), np.asarray(reference)
     assert x.shape == reference.shape
     if x.size == 0:
@@ -109,7 +109,7 @@ def max_error(x: Any, reference: Any) -> float:
 
 
 def assert_trees_close(x: Any, y: Any, tolerance: float) -> None:
-    """Equal in type, and each leaf within a tolerance relative to its largest entry."""
+    """Asserts equal types. Each leaf must be close, relative to its largest entry."""
     assert tree_type(x) == tree_type(y)
     for (path, a), b in zip(
         jtu.tree_leaves_with_path(x), jtu.tree_leaves(y), strict=True
@@ -119,12 +119,12 @@ def assert_trees_close(x: Any, y: Any, tolerance: float) -> None:
 
 
 def buffers(tree: Any) -> list[int]:
-    """The addresses of a tree's arrays that are not empty."""
+    """The addresses of all nonempty arrays in a tree."""
     return [x.unsafe_buffer_pointer() for x in jtu.tree_leaves(tree) if x.size]
 
 
 def count_traces(fn: Callable[..., Any]) -> tuple[Callable[..., Any], list[None]]:
-    """`fn`, and a list that grows by one whenever `fn` is traced."""
+    """Returns `fn`, and a list that grows by one entry each time `fn` is traced."""
     traces: list[None] = []
 
     def counted(*args: Any) -> Any:
@@ -153,7 +153,7 @@ COMPACT = everywhere(StateFormat.compact())
 
 
 class Zoo(eqx.Module):
-    """A model with one of everything that an Equinox model may hold."""
+    """A model with one of everything that an Equinox model can contain."""
 
     mlp: eqx.nn.MLP
     norm: eqx.nn.LayerNorm
@@ -172,7 +172,7 @@ class Zoo(eqx.Module):
         self.mlp = eqx.nn.MLP(3, 3, 4, 1, key=keys[0])
         self.norm = eqx.nn.LayerNorm(3)
         self.conv = eqx.nn.Conv2d(1, 2, 3, key=keys[1])
-        # `mode` came with Equinox 0.12, where leaving it out is a warning.
+        # Equinox 0.12 added `mode`, and warns if it is missing.
         has_mode = "mode" in inspect.signature(eqx.nn.BatchNorm.__init__).parameters
         mode: Any = {"mode": "batch"} if has_mode else {}
         self.batch_norm = eqx.nn.BatchNorm(3, axis_name="batch", **mode)

@@ -1,5 +1,5 @@
-"""The rows of the README's table: what we do, and what optax does."""
-# The two optimizers have no type in common.
+"""The rows of the table in the README: our behavior and optax's behavior."""
+# The two optimizers do not share a type.
 # pyright: reportArgumentType=false
 
 import pathlib
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 def row(name: str) -> tuple[str, str]:
-    """The two cells of a row of the table."""
+    """The two cells in a row of the table."""
     lines = [x for x in README.read_text().splitlines() if x.startswith(f"| {name} |")]
     (line,) = lines
     _, _, ours, theirs, _ = (cell.strip() for cell in line.split("|"))
@@ -123,7 +123,7 @@ def test_precision_of_one_minus_b3():
     name = "relative error of `1 - b3` at a Python `b3=0.999999`, float32"
     ours, theirs = row(name)
     grads, errors = jnp.ones(()), []
-    # A Python float is exact for both; what a schedule gives is a float32 array.
+    # A Python float is exact in both. A schedule returns a float32 array.
     schedule = eqx_ademamix.beta3_scheduler(0.999999, 0.9, warmup=10)
     for optim in (
         AdEMAMix(1e-3, b3=schedule),
@@ -141,7 +141,7 @@ def test_precision_of_one_minus_b3():
 
 
 def test_equal_where_both_are_exact():
-    """On float32 with constants the two are one optimizer."""
+    """In float32 with constant hyperparameters, both optimizers are the same."""
     model = eqx.filter(make_mlp(), eqx.is_inexact_array)
     kwargs: Any = dict(b3=0.99, alpha=2.0, weight_decay=0.1)
     ours, theirs = AdEMAMix(1e-2, **kwargs), optax.contrib.ademamix(1e-2, **kwargs)

@@ -1,4 +1,4 @@
-"""The numbers, against a float64 reference written independently in NumPy."""
+"""Compares results with an independent float64 reference written in NumPy."""
 
 import itertools as it
 from typing import Any
@@ -34,7 +34,7 @@ STEPS = 200
 WARMUP = 120
 FIXED: Any = dict(b1=0.9, b2=0.999)
 
-# (b3, alpha) as our optimizer takes them, and as the reference does
+# (b3, alpha) in the form for our optimizer, and in the form for the reference
 CONSTANT = ((0.9999, 5.0), lambda t: (0.9999, 5.0))
 SCHEDULED = (
     (
@@ -193,7 +193,7 @@ def test_alpha_zero_is_adamw(b1: float):
         )  # fmt: skip
     for k in refs:
         assert max_error(ours[k], np.asarray(theirs[k])) <= 1e-5
-    # Where the two differ, ours is the one closer to float64.
+    # Where the two differ, ours is closer to float64.
     ours_error = [max_error(ours[k], ref.p) for k, ref in refs.items()]
     theirs_error = [max_error(theirs[k], ref.p) for k, ref in refs.items()]
     assert sum(ours_error) < sum(theirs_error)
@@ -203,7 +203,7 @@ def test_alpha_zero_is_adamw(b1: float):
 @pytest.mark.parametrize("scheduled", (False, True))
 @pytest.mark.parametrize("wide", (False, True))
 def test_what_the_update_uses_for_one_minus_b3(b3: float, scheduled: bool, wide: bool):
-    """From `m2 = 0` and a gradient of 1, one step gives `m2 = 1 - b3`."""
+    """Starting from `m2 = 0`, one step with a gradient of 1 gives `m2 = 1 - b3`."""
     schedule = eqx_ademamix.beta3_scheduler(b3, 0.9, warmup=1000)
     optim = eqx_ademamix.AdEMAMix(1e-3, b3=schedule if scheduled else b3)
     for step in (0, 1, 10, 500, 999, 1000, 5000):
@@ -227,7 +227,7 @@ def test_a_function_that_returns_python_floats_loses_nothing():
 
 
 def test_bias_correction_is_exact_at_the_first_step():
-    """The first step of Adam has size `lr` whatever the gradient and the decays."""
+    """Adam's first step has size `lr`, whatever the gradient and the decay rates."""
     for b1, b2 in ((0.9, 0.999), (0.5, 0.5), (0.999, 0.999999), (0.0, 0.0)):
         optim = eqx_ademamix.AdEMAMix(1.0, b1=b1, b2=b2, alpha=0.0)
         g = jnp.asarray([1e-3, -1.0, 1e3])
@@ -236,8 +236,8 @@ def test_bias_correction_is_exact_at_the_first_step():
 
 
 def test_two_counters():
-    """A state whose slow average starts later: alpha and b3 see `count_m2`, the
-    learning rate and the bias corrections see `count`."""
+    """In this state, the slow average starts later. Then alpha and b3 use `count_m2`,
+    while the learning rate and the bias corrections use `count`."""
     (b3, alpha), at = SCHEDULED
     optim = eqx_ademamix.AdEMAMix(lambda count: 1e-3 * (count + 1), b3=b3, alpha=alpha)
     ref = reference_init(np.ones(3))
@@ -271,8 +271,8 @@ def test_two_counters():
 @pytest.mark.parametrize("as_array", (False, True))
 @pytest.mark.parametrize("wide", (False, True))
 def test_small_decays(b1: float, b2: float, b3: float, as_array: bool, wide: bool):
-    """Gradients that shrink by six orders of magnitude: what a small decay forgets must
-    not be left behind as rounding."""
+    """The gradients shrink by six orders of magnitude. With a small decay rate, the old
+    large gradients must not leave a rounding error behind."""
     dtype, tolerance = (np.float64, 1e-12) if wide else (np.float32, 1e-5)
     with x64() if wide else jax.numpy_dtype_promotion("strict"):
         decays = [jnp.asarray(b) if as_array else b for b in (b1, b2, b3)]
@@ -297,7 +297,7 @@ def test_small_decays(b1: float, b2: float, b3: float, as_array: bool, wide: boo
 
 
 def test_the_mask_sees_the_parameters():
-    """Also in `update`, where the gradients may have another dtype."""
+    """This also holds in `update`, where the gradients can have another dtype."""
     params = {"w": jnp.ones(2, jnp.bfloat16), "v": jnp.ones(2)}
     optim = eqx_ademamix.AdEMAMix(
         1.0, weight_decay=0.5, weight_decay_mask=lambda x: x.dtype == jnp.bfloat16

@@ -1,7 +1,7 @@
-"""The site in Chromium: every page at two widths, the search, and both palettes.
+"""Tests the site in Chromium: all pages at two widths, the search, both palettes.
 
-Each check is a function from a page to a list of problems, and is itself tested on a
-page that has the problem.
+Each check is a function that takes a page and returns a list of problems. Each check is
+also tested on a page that has the problem.
 """
 
 import functools as ft
@@ -26,9 +26,10 @@ ROOT = pathlib.Path(__file__).parents[1]
 PACKAGES = ("playwright", "mkdocs", "material", "mkdocstrings_handlers", "latex2mathml")
 MISSING = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-# The only skips of the suite. The README's test command installs neither the site's
-# packages nor a browser, and a machine may not let us install one; `.ci/run` installs
-# both, and there a file that is skipped whole is an error (pytest's exit code 5).
+# These are the only skips in the test suite. The test command in the README installs
+# neither the packages for the site nor a browser, and some machines do not permit us to
+# install a browser. `.ci/run` installs both. There, it is an error if the whole file is
+# skipped (pytest's exit code 5).
 if MISSING:
     reason = f'needs {", ".join(MISSING)}: pip install -e ".[browser,docs]"'
     pytest.skip(reason, allow_module_level=True)
@@ -49,7 +50,7 @@ WORDS = re.compile("weight decay", re.IGNORECASE)
 
 
 #
-# Checks: from a page to its problems
+# Checks: each one returns the problems of a page
 #
 
 
@@ -90,7 +91,7 @@ def broken_images(page: Page) -> list[str]:
 
 
 def unrendered_mathematics(page: Page) -> list[str]:
-    """LaTeX that is still to be read as such, outside of code."""
+    """LaTeX source that is still visible outside of code."""
     spans: list[str] = page.evaluate(
         """() => [...document.querySelectorAll(".arithmatex")]
             .filter(e => !e.querySelector("math")).map(e => e.outerHTML)"""
@@ -113,7 +114,7 @@ def unrendered_mathematics(page: Page) -> list[str]:
 
 
 def broken_links(page: Page, site: pathlib.Path) -> list[str]:
-    """Links to files of the site that there are not, or to places that these lack."""
+    """Links to files or anchors that do not exist in the site."""
     hrefs: list[str] = page.evaluate(
         "() => [...document.querySelectorAll('a[href]')].map(e => e.href)"
     )
@@ -141,7 +142,7 @@ def _anchors(path: pathlib.Path) -> set[str]:
 
 
 class _Anchors(html.parser.HTMLParser):
-    """Collects what a fragment can lead to."""
+    """Collects all targets that a URL fragment can refer to."""
 
     def __init__(self):
         super().__init__()
@@ -153,14 +154,14 @@ class _Anchors(html.parser.HTMLParser):
 
 
 def search_results(page: Page, words: str) -> list[str]:
-    """What the search box of the site finds."""
+    """The results that the site's search box finds."""
     if not page.locator("[data-md-component=search-query]").is_visible():
         page.locator("label.md-header__button[for=__search]").click()
     box = page.locator("[data-md-component=search-query]")
     box.fill("")
     box.press_sequentially(words)
     meta = page.locator(".md-search-result__meta")
-    # "Initializing search", then "Type to start searching", then the number of results.
+    # "Initializing search", then "Type to start searching", then the result count.
     page.wait_for_function(
         "e => /matching document/.test(e.textContent)", arg=meta.element_handle()
     )
@@ -168,14 +169,14 @@ def search_results(page: Page, words: str) -> list[str]:
 
 
 def palette(page: Page) -> tuple[str | None, str]:
-    """The name of the palette, and the colour of the page."""
+    """The name of the palette, and the background color of the page."""
     background = "() => getComputedStyle(document.body).backgroundColor"
     name = page.locator("body").get_attribute("data-md-color-scheme")
     return name, page.evaluate(background)
 
 
 def toggle(page: Page) -> None:
-    """Goes over to the other palette, as a reader does."""
+    """Switches to the other palette in the same way as a reader."""
     page.locator("[data-md-component=palette] label:visible").click()
 
 
@@ -185,7 +186,7 @@ def toggle(page: Page) -> None:
 
 
 class Site(NamedTuple):
-    """A folder of pages, and where it is served."""
+    """A folder of pages, and the address where it is served."""
 
     folder: pathlib.Path
     address: str
@@ -197,7 +198,7 @@ class Site(NamedTuple):
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
-    """Serves a folder, without a log."""
+    """Serves a folder without logging."""
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
@@ -252,14 +253,14 @@ def width() -> str:
 
 
 class Visit(NamedTuple):
-    """An open page, and the problems met while it was opened."""
+    """An open page, and the problems that occurred while it was opened."""
 
     page: Page
     problems: list[str]
 
 
 def visit(context: BrowserContext, address: str) -> Visit:
-    """Opens a page. Requests to other hosts are problems, and are not sent."""
+    """Opens a page. Blocks requests to other hosts and reports them as problems."""
     page, problems = context.new_page(), []
     origin = "{0.scheme}://{0.netloc}/".format(urllib.parse.urlsplit(address))
     own = (origin, "data:", "blob:")
@@ -302,7 +303,7 @@ def problems_of(found: Visit, site: Site) -> list[str]:
 
 @pytest.fixture
 def screenshots(tmp_path: pathlib.Path) -> pathlib.Path:
-    """Where to look at the site."""
+    """The folder for screenshots of the site."""
     folder = os.environ.get("EQX_ADEMAMIX_SCREENSHOTS")
     return pathlib.Path(folder) if folder else tmp_path
 
@@ -351,13 +352,13 @@ def test_palettes(site: Site, context: BrowserContext, width: str):
     second = palette(page)
     assert first[0] != second[0] and first[1] != second[1]
     page.reload(wait_until="networkidle")
-    assert palette(page) == second  # it is remembered
+    assert palette(page) == second  # the site remembers it
     toggle(page)
     assert palette(page) == first
 
 
 #
-# The checks find what they look for, and nothing else
+# The checks find the right problems, and nothing else
 #
 
 

@@ -1,4 +1,4 @@
-"""Codecs: what they keep of a moment, in one store and over a run."""
+"""How accurately codecs store a moment, once and over a whole run."""
 
 import math
 from typing import Any
@@ -25,8 +25,8 @@ from .helpers import x64
 SIGNED: tuple[AbstractCodec, ...] = (ScaledFloat8(), ScaledFloat16(), SplitBfloat16())
 SQUARES = (ScaledFloat8().for_squares(), ScaledFloat16().for_squares())
 ALL = SIGNED + SQUARES
-# The largest relative error of an entry of at least 2^-23 of its block's largest, and
-# the largest factor by which a square is underestimated.
+# BOUNDS: the largest relative error of an entry that is at least 2^-23 of the largest
+# entry in its block. FACTORS: the largest factor by which a square is underestimated.
 BOUNDS = {"ScaledFloat8": 1 / 5, "ScaledFloat16": 1 / 2520, "SplitBfloat16": 2.0**-15}
 FACTORS = {"ScaledFloat8": 7 / 6, "ScaledFloat16": 1 + 1 / 1024}
 SHAPES = (
@@ -54,7 +54,7 @@ def name_of(codec: AbstractCodec) -> str:
 
 
 def draw(shape: tuple[int, ...], decades: float, seed: int = 0) -> np.ndarray:
-    """Normal numbers whose scales spread over some decades below 1."""
+    """Normal random numbers with scales that spread over `decades` decades below 1."""
     rng = np.random.default_rng(seed)
     scales = 10.0 ** -rng.uniform(0, decades, shape)
     return np.asarray(rng.normal(size=shape) * scales, np.float32)
@@ -66,13 +66,13 @@ def round_trip(codec: AbstractCodec, x: Any, key: Any) -> np.ndarray:
 
 
 def in_wide_blocks(x: np.ndarray, block: int) -> np.ndarray:
-    """The largest magnitude in the block of each entry, for whole blocks of a row."""
+    """The largest magnitude in the block of each entry, if blocks divide the rows."""
     largest = np.abs(x.reshape(*x.shape[:-1], -1, block)).max(-1)
     return np.repeat(largest, block, axis=-1)
 
 
 #
-# One store
+# Storing a moment once
 #
 
 
@@ -87,13 +87,13 @@ def test_the_error_of_an_entry(codec: AbstractCodec, key: Any, scale: float):
     assert kept.mean() > 0.98
     assert error[kept].max() <= BOUNDS[name_of(codec)] * (1 + 1e-2)
     assert np.all(np.isfinite(y))
-    # Below that an entry has the absolute error of one that is kept.
+    # Smaller entries have at most the absolute error of an entry that is kept.
     least = BOUNDS[name_of(codec)] * 2.0**-22 * in_wide_blocks(x, 256)
     assert np.all(np.abs(y - x)[~kept] <= least[~kept])
 
 
 def test_two_bytes_keep_eleven_bits():
-    """Also at the very edge: an entry of exactly 2^-24 of the largest."""
+    """This also holds at the limit, for an entry of exactly 2^-24 of the largest."""
     codec, keys = ScaledFloat16(), jax.random.split(jax.random.key(0), 1000)
     of = lambda x: jax.vmap(lambda key: codec.decode(codec.encode(x, key)))(keys)
     for top in (1.0, 1.5, 1.9999999):
@@ -191,11 +191,12 @@ def test_the_mean_over_keys_is_exact(codec: AbstractCodec):
     y = jax.jit(jax.vmap(lambda key: codec.decode(codec.encode(x, key))))(keys)
     deviation = np.mean(np.float64(y) / np.asarray(x) - 1, axis=0)
     noise = np.std(np.float64(y) / np.asarray(x), axis=0) / np.sqrt(4096)
-    # At a power of two, where the steps double, a dithered mean is off by 1/16 step.
+    # At a power of two, the step size doubles. There, a dithered mean is off by 1/16
+    # of a step.
     bend = 1 / (16 * 1260) if codec == ScaledFloat16() else 0
-    # And float32 knows the place of a number on the grid to 1/200 step.
+    # Also, float32 resolves the position of a number on the grid to 1/200 of a step.
     rounding = 1 / (200 * 1024)
-    rounding += 5 * BOUNDS[name_of(codec)] / 4096  # what no key may show
+    rounding += 5 * BOUNDS[name_of(codec)] / 4096  # rare cases that no key may hit
     assert np.all(np.abs(deviation) <= 5 * noise + bend + rounding)
     assert np.abs(np.mean(deviation)) <= 5 * np.mean(noise) / 16 + bend / 8 + rounding
 
@@ -213,8 +214,8 @@ def test_a_key_decides_everything(codec: AbstractCodec):
 
 
 def test_what_is_stored_stays_stored():
-    """On the grid of squares, which powers of two do not move: also if the largest
-    entry of the block changes."""
+    """A stored square does not change if it is stored again, even if the largest entry
+    of its block changes. Powers of two map the grid of squares to itself."""
     codec = ScaledFloat8().for_squares()
     x = np.maximum(draw((64, 256), decades=4) ** 2, 1e-10)
     y = round_trip(codec, x, jax.random.key(0))
@@ -237,7 +238,10 @@ def test_what_is_stored_stays_stored():
 def test_squares_are_not_underestimated(
     codec: AbstractCodec, shape: tuple[int, ...], decades: float
 ):
-    """By more than the bound that the docstring proves; `decades` are of gradients."""
+    """Squares are not underestimated by more than the bound proven in the docstring.
+
+    `decades` applies to the gradients.
+    """
     x = draw(shape, decades) ** 2
     x[: shape[0] // 2] *= 1e-4
     keys = jax.random.split(jax.random.key(0), 20)
@@ -245,7 +249,7 @@ def test_squares_are_not_underestimated(
     for y in (round_trip(codec, x, None), *(np.float64(of(key)) for key in keys)):
         assert np.all(y > 0)
         assert np.max(np.float64(x) / y) <= FACTORS[name_of(codec)] * (1 + 1e-5)
-        # Overestimated only by as much, where the block's range has room for it.
+        # Overestimates have the same bound, if the value is in the range of the block.
         room = x >= 2.0**-41 * x.max()
         assert np.max(np.asarray(y)[room] / x[room]) <= FACTORS[name_of(codec)] * (
             1 + 1e-5
@@ -253,7 +257,7 @@ def test_squares_are_not_underestimated(
 
 
 def test_squares_of_a_codec_for_two_signs():
-    """A format with any codec for `nu` keeps small squares off zero."""
+    """With any codec for `nu`, a format never stores small squares as zero."""
     for codec in SIGNED:
         fmt = StateFormat(m1=jnp.float32, m2=jnp.float32, nu=codec, min_size=0)
         assert isinstance(fmt.nu, AbstractCodec)
@@ -267,9 +271,11 @@ def test_squares_of_a_codec_for_two_signs():
 
 
 def protocol(codec: AbstractCodec, decades: float | None) -> tuple[float, float]:
-    """The relative error and the cosine of `m2` after 40 000 steps at b3 = 0.9999, in
-    which the mean gradient turns round half-way. The scales of the gradients are
-    log-normal, or spread evenly over some decades."""
+    """The relative error and the cosine of `m2` after 40,000 steps at b3 = 0.9999.
+
+    Halfway, the mean gradient changes its sign. The scales of the gradients are
+    log-normal, or spread evenly over `decades` decades.
+    """
     size, steps, b3 = 4096, 40_000, 0.9999
     keys = jax.random.split(jax.random.key(0), 3)
     sigma = jnp.exp(jax.random.normal(keys[0], (size,), jnp.float32))
@@ -314,7 +320,8 @@ def test_the_slow_average_over_a_run(
 
 @pytest.mark.parametrize("codec", (ScaledFloat16(), SplitBfloat16()), ids=name_of)
 def test_a_slow_average_without_gradient_decays(codec: AbstractCodec):
-    """To 0.9999^10000 = 0.3679 of itself. Rounded to nearest it would stand still."""
+    """It decays to 0.9999^10000 = 0.3679 of its value. With rounding to nearest, it
+    would not change."""
     start = jnp.asarray(draw((8, 256), decades=1))
 
     def decay(m: Any, t: Any) -> Any:
@@ -333,8 +340,8 @@ def test_a_slow_average_without_gradient_decays(codec: AbstractCodec):
 
 
 def test_one_byte_moments_over_a_run():
-    """Gradients of one block spread over six decades and shrink half-way: the updates
-    keep their size in every decade, and none explodes."""
+    """The gradients in a block spread over six decades and shrink halfway. The updates
+    keep the right size in each decade, and none of them explodes."""
     size, steps = 1536, 8000
     decade = np.arange(size) % 6
     keys = jax.random.split(jax.random.key(0), 3)
@@ -367,7 +374,7 @@ def test_one_byte_moments_over_a_run():
 
 @pytest.mark.parametrize("b1", (0.9, 0.99, 0.999, 0.9999))
 def test_the_errors_of_one_byte_do_not_add_up(b1: float):
-    """Not without end, whatever the decay is."""
+    """The errors stay bounded for every decay rate."""
     keys = jax.random.split(jax.random.key(0), 20_000)
 
     def step(carry: Any, key: Any) -> Any:
@@ -386,7 +393,8 @@ def test_the_errors_of_one_byte_do_not_add_up(b1: float):
 
 
 def test_a_slow_average_leaves_zero():
-    """Also where a step is less than the block's largest entry by many orders."""
+    """Even if a step is many orders of magnitude smaller than the block's largest
+    entry."""
     codec = ScaledFloat16()
     size = np.array([1.0, 1e-4, 1e-5, 1e-6, 1e-7], np.float32)
     step = lambda m, t: codec.encode(0.9999 * codec.decode(m) + 1e-4 * size, (t, 0))
@@ -400,12 +408,12 @@ def test_a_slow_average_leaves_zero():
 
 
 #
-# Your own
+# Your own codec
 #
 
 
 class Halved(AbstractCodec):
-    """The codec of the documentation: float16, as it is."""
+    """The codec from the documentation. It stores plain float16."""
 
     def encode_real(self, value: Any, seed: Any) -> tuple[Any, ...]:
         return (value.astype(jnp.float16),)

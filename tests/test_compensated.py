@@ -1,4 +1,4 @@
-"""16-bit parameters under `Compensated` move as float32 ones do."""
+"""With `Compensated`, 16-bit parameters change like float32 parameters."""
 
 from typing import Any
 
@@ -43,7 +43,7 @@ INNER = {
 
 
 class Constant(eqx_ademamix.AbstractOptimizer[jax.Array]):
-    """Takes given steps, and remembers the parameters that it saw."""
+    """Takes given steps and stores the parameters that it received."""
 
     steps: Any
 
@@ -75,7 +75,7 @@ def numbers(size: int, low: float = -3, high: float = 3, seed: int = 0) -> np.nd
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("dtype", HALVES)
 def test_nothing_is_lost_in_a_step(dtype: str, bits: int, jit: bool):
-    """The parameter and its remainder are the float32 parameter, to 24 or 16 bits."""
+    """Together, parameter and remainder give the float32 parameter to 24 or 16 bits."""
     params = jnp.asarray(numbers(20_000, -1, 3), dtype)
     steps = jnp.asarray(numbers(20_000, -6, 0.2, seed=1), jnp.float32)
     steps = jnp.abs(params.astype(jnp.float32)) * steps
@@ -88,7 +88,7 @@ def test_nothing_is_lost_in_a_step(dtype: str, bits: int, jit: bool):
 
     updates, after, state = (jax.jit(step) if jit else step)(params, state)
     assert updates.dtype == after.dtype == params.dtype
-    # What the state belongs to is what 16-bit addition gives.
+    # The state matches the parameters that 16-bit addition gives.
     assert np.array_equal(after, np.asarray(params) + np.asarray(updates))
     wanted = np.float64(params.astype(jnp.float32) + steps)
     master = np.float64(optim.master_params(after, state))
@@ -98,10 +98,11 @@ def test_nothing_is_lost_in_a_step(dtype: str, bits: int, jit: bool):
     significant = (8 if dtype == "bfloat16" else 11) + bits
     bound = 2.0 ** (1 - min(significant, 24))
     relative = error[nearest] / np.abs(np.asarray(wanted)[nearest])
-    # Near half a unit in the last place the codes are four times as far apart.
+    # Near half a unit in the last place, the codes are four times as far apart.
     assert np.quantile(relative, 0.98 if bits == 16 else 0.85) <= bound
     assert np.max(relative) <= 4.1 * bound
-    # After a large step it may not be the nearest: a part of the rest is kept, not all.
+    # After a large step, the parameter may not be the nearest 16-bit number. Then the
+    # remainder keeps only a part of the difference.
     rest: Any = np.abs(wanted - np.float64(after))
     rest = rest[~nearest]
     assert 100 < len(rest) < 2000
@@ -134,7 +135,7 @@ def test_a_parameter_that_becomes_zero_keeps_its_remainder(bits: int):
 
 
 def test_small_float16_numbers():
-    """Below 6e-5 float16 has fewer digits, and below 6e-8 none."""
+    """Below 6e-5, float16 has fewer digits. Below 6e-8, it has none."""
     params = jnp.asarray(numbers(20_000, -8, -4), jnp.float16)
     steps = jnp.asarray(numbers(20_000, -9, -5, seed=1), jnp.float32)
     optim = Compensated(Constant(steps))
@@ -162,7 +163,7 @@ def test_what_is_not_finite_stays_so():
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("dtype", HALVES)
 def test_infinite_parameters_stay_as_they_are(dtype: str, bits: int):
-    """As those of a mask that is an array do without `Compensated`."""
+    """Without `Compensated`, infinite entries of a mask array stay unchanged too."""
     params = jnp.asarray([0.0, -jnp.inf, jnp.inf, 1.0], dtype)
     optim = Compensated(AdEMAMix(1e-3), bits)
     state = optim.init(params)
@@ -194,7 +195,8 @@ def run(optim: Any, params: Any, grads: Any, steps: int) -> tuple[Any, Any]:
 )
 @pytest.mark.parametrize("dtype", HALVES)
 def test_ten_thousand_small_steps(inner: Any, dtype: str):
-    """Of relative size 1e-5: 16-bit parameters alone do not move at all."""
+    """The relative size of a step is 1e-5. 16-bit parameters alone do not change at
+    all."""
     rng = np.random.default_rng(0)
     signs = np.sign(rng.normal(size=200))
     start = jnp.asarray(rng.uniform(1, 2, size=200) * signs, dtype)
@@ -214,7 +216,7 @@ def test_ten_thousand_small_steps(inner: Any, dtype: str):
 
 
 def test_with_sixteen_bits_it_is_float32():
-    """Bit for bit, but for the few remainders that are close to half a unit."""
+    """Bit for bit, except for the few remainders that are close to half a unit."""
     start = jnp.asarray(numbers(4096, -1, 0), jnp.bfloat16)
     grads = jnp.asarray(numbers(4096, -1, 0, seed=1), jnp.bfloat16)
     inner = optax.sgd(1e-5)
@@ -228,7 +230,7 @@ def test_with_sixteen_bits_it_is_float32():
 
 @pytest.mark.parametrize("inner", ("AdEMAMix", "chain"))
 def test_several_steps_in_one_program(inner: str):
-    """XLA may put off the rounding between two steps that it compiles together."""
+    """XLA can delay the rounding between two steps that it compiles together."""
     optim = Compensated(INNER[inner])
     start = jnp.zeros(65_536, jnp.bfloat16)
 
@@ -311,7 +313,7 @@ def test_mixed_models_and_frozen_leaves(getkey: Any):
     assert master.mlp.layers[1].weight.dtype == master.scale.dtype == jnp.float32
     assert master.mlp.layers[0].weight.dtype == jnp.bfloat16
     assert master.name == "zoo" and master.steps is after.steps
-    # What has no remainder takes the wrapped optimizer's update as it is.
+    # A parameter without a remainder gets the wrapped optimizer's update unchanged.
     wide = cast(model, jnp.float32)
     plain, _ = eqx_ademamix.update(inner, grads, eqx_ademamix.init(inner, wide), wide)
     assert_trees_close(updates.norm, plain.norm, 1e-6)

@@ -1,5 +1,5 @@
-"""From AdamW, from optax, from PyTorch, and back; and longer warm-ups."""
-# Many of the mistakes here are found by a static type checker too.
+"""Conversions from and to AdamW, optax, and PyTorch, and longer warm-ups."""
+# A static type checker also finds many of these mistakes.
 # pyright: reportArgumentType=false, reportCallIssue=false
 
 import itertools as it
@@ -56,7 +56,7 @@ def loss_fn(model: Any) -> Any:
 
 
 def train(optim: Any, model: Any, state: Any, steps: int) -> Any:
-    """Any optimizer with `init` and `update`, on the filtered model."""
+    """Trains the filtered model with any optimizer that has `init` and `update`."""
     params, static = eqx.partition(model, eqx.is_inexact_array)
 
     @jax.jit
@@ -91,7 +91,7 @@ WRAPPED = {
 
 @pytest.mark.parametrize("make", WRAPPED.values(), ids=WRAPPED.keys())
 def test_from_adamw_goes_on_exactly(make: Any):
-    """With `alpha=0`, 100 steps of AdamW and 100 of ours are 200 of AdamW."""
+    """With `alpha=0`, 100 AdamW steps plus 100 of our steps equal 200 AdamW steps."""
     adamw, model = make(), make_mlp()
     model, opt_state = train(adamw, model, adamw.init(arrays(model)), 100)
     expected, _ = train(adamw, model, opt_state, 100)
@@ -112,7 +112,7 @@ def test_from_adamw_and_back():
     back: Any = to_adamw(there)
     assert isinstance(back, optax.ScaleByAdamState)
     assert_trees_close(back, opt_state[0], 0.0)
-    # ... and AdamW goes on from a state of ours.
+    # AdamW can also continue from our state.
     expected, _ = train(adamw, model, opt_state, 20)
     ours, _ = train(adamw, model, (back, *opt_state[1:]), 20)
     assert_trees_close(arrays(ours), arrays(expected), 0.0)
@@ -132,7 +132,8 @@ def test_the_schedules_start_at_the_switch():
 
 
 def test_from_adamw_in_other_formats_and_shapes(getkey: Any):
-    """mu_dtype there, a format here, a frozen part, no `m1`, the whole model."""
+    """Covers `mu_dtype` in AdamW, a state format, a frozen part, no `m1`, and a whole
+    model."""
     model = make_zoo(getkey())
     adamw = optax.adamw(1e-2, mu_dtype=jnp.bfloat16)
     grads = jax.tree.map(jnp.ones_like, arrays(model))
@@ -177,7 +178,7 @@ def test_from_optax_in_the_middle(b1: float):
     end, _ = train(ours, middle, state, 30)
     assert_trees_close(arrays(end), arrays(expected), 1e-5)
 
-    # And the other way, with our half first.
+    # Then the reverse: our optimizer takes the first half.
     middle, state = train(ours, model, init(ours, model), 30)
     expected, _ = train(ours, middle, state, 30)
     back = (to_optax(state), *theirs.init(arrays(model))[1:])  # pyright: ignore
@@ -219,7 +220,7 @@ def test_no_buffer_is_shared():
 
 
 def test_states_inside_others_and_of_numpy():
-    """Ours in a chain, with NumPy's arrays, and the references' named tuple."""
+    """Covers our state in a chain, NumPy arrays, and the reference's named tuple."""
     model, optim = make_mlp(), AdEMAMix(1e-2)
     _, state = train(optim, model, init(optim, model), 3)
     inside = (optax.EmptyState(), {"inner": jax.device_get(state)})
@@ -232,7 +233,7 @@ def test_states_inside_others_and_of_numpy():
 
 
 def test_too_large_for_the_format():
-    """A finite moment stays finite in float16, as it does in a step."""
+    """A finite moment stays finite in float16, just as in a step."""
     params = {"w": jnp.full((3,), 1e6)}
     adamw = optax.adamw(1e-2)
     _, opt_state = adamw.update(params, adamw.init(params), params)
@@ -254,7 +255,7 @@ def test_shardings_are_kept():
             assert moment["w"].sharding.is_equivalent_to(sharding, 2)
     back: Any = to_adamw(state)
     assert back.mu["w"].sharding.is_equivalent_to(sharding, 2)
-    # An Adam state that is sharded though the parameters are not.
+    # An Adam state that is sharded although the parameters are not.
     state = from_adamw(opt_state, optim, {"w": jnp.ones((16, 4))})
     moments = {k: np.zeros((16, 4)) for k in ("exp_avg", "exp_avg_slow", "exp_avg_sq")}
     state_dict = {"state": {0: {"step": 1, **moments}}}
@@ -286,7 +287,7 @@ def torch_gradients() -> list[dict[str, np.ndarray]]:
 
 
 def torch_run(steps: range, start: dict[str, Reference]) -> dict[str, Reference]:
-    """What PyTorch's AdEMAMix computes, from its published formulas: t from 1."""
+    """The results of PyTorch's AdEMAMix by its published formulas, with t from 1."""
     refs = dict(start)
     for i, k in it.product(steps, refs):
         refs[k] = reference_step(
@@ -322,7 +323,7 @@ def apple(ref: Reference, transpose: bool) -> dict[str, Any]:
 
 def pytorch_optimizer(ref: Reference, transpose: bool) -> dict[str, Any]:
     state = apple(ref, transpose)
-    del state["step"]  # is in the group
+    del state["step"]  # it is in the group
     return {"exp_avg": state.pop("exp_avg_fast"), **state}
 
 
@@ -392,7 +393,7 @@ def test_from_torch_goes_on(write: Any, how: str, golden: Any):
 
 
 def test_from_torch_without_m1():
-    """Apple's at `b1 = 0` keeps `None`, and so do we."""
+    """At `b1 = 0`, Apple's version stores `None`, and so does ours."""
     moments = {
         "exp_avg_fast": None,
         "exp_avg_slow": np.ones(3),
@@ -425,19 +426,20 @@ def test_extend(offset: int, count: int, warmup: int, as_array: bool):
     alpha = alpha_scheduler(kind(8.0), kind(1.0), warmup=kind(100.0), offset=offset)
     optim = AdEMAMix(1e-3, b3=b3, alpha=alpha)
     new: Any = extend(optim, at_count(optim, count), warmup=warmup)
-    # No jump ...
+    # There is no jump.
     np.testing.assert_allclose(new.alpha(count), alpha(count), rtol=1e-6)
     np.testing.assert_allclose(
         new.b3.complement(count), b3.complement(count), rtol=2e-6
     )
-    # ... the same end, at the new length and not before (unless it was reached) ...
+    # The end value is the same. It is reached at the new length and not earlier,
+    # unless it was already reached.
     end = warmup - offset
     for step in (end, end + 1, 10**6):
         assert new.alpha(step) == 8.0 and new.b3(step) == np.float32(0.999)
     if count < 100 - offset:
         assert new.alpha(end - 1) < 8.0
         assert new.b3.complement(end - 1) > new.b3.complement(end)
-    # ... and straight on in between, in alpha and in the half-life of b3.
+    # In between, alpha and the half-life of b3 are linear.
     steps = np.arange(count, end + 1)
     straight = np.linspace(float(alpha(count)), 8.0, len(steps))
     np.testing.assert_allclose(new.alpha(steps), straight, rtol=2e-6)
@@ -448,7 +450,7 @@ def test_extend(offset: int, count: int, warmup: int, as_array: bool):
 
 
 def test_extend_again():
-    """The length is counted as at construction, each time."""
+    """Each time, the length is counted in the same way as at construction."""
     optim = AdEMAMix(1e-3, alpha=alpha_scheduler(8.0, warmup=100, offset=1))
     for count, warmup in ((20, 200), (50, 80), (79 - 2, 1000)):
         new: Any = extend(optim, at_count(optim, count), warmup=warmup)
@@ -465,7 +467,7 @@ def test_extend_leaves_constants_alone():
 
 
 def test_extend_a_delayed_warmup():
-    """One that has not begun yet begins when it would have."""
+    """A warm-up that has not started yet still starts at the planned step."""
     alpha = alpha_scheduler(8.0, warmup=100, offset=-100)
     optim = AdEMAMix(1e-3, alpha=alpha)
     new: Any = extend(optim, at_count(optim, 10), warmup=200)

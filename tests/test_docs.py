@@ -1,5 +1,7 @@
-"""Every Python block of the README, of the docs and of docstrings runs; everything
-public is documented; the README's commands are the ones that CI runs."""
+"""Every Python block in the README, the docs, and the docstrings runs.
+
+Everything public is documented, links work, and figures have alternative texts.
+"""
 
 import inspect
 import pathlib
@@ -36,7 +38,7 @@ def docstrings() -> dict[str, str]:
 
 
 def programs(text: str) -> list[str]:
-    """The Python blocks of a text, each a program, unless the text says otherwise."""
+    """The Python blocks of a text, one program each, unless the text says otherwise."""
     found = [inspect.cleandoc("\n" + code) for _, code in BLOCK.findall(text)]
     return ["\n\n".join(found)] if ONE_PROGRAM in text else found
 
@@ -52,7 +54,7 @@ def blocks() -> list[Any]:
 
 @pytest.mark.parametrize("code", blocks())
 def test_block_runs(code: str):
-    # As users run it: with JAX's own promotion.
+    # Uses JAX's default promotion, as users do.
     with (
         jax.numpy_dtype_promotion("standard"),
         jax.numpy_rank_promotion("allow"),
@@ -65,7 +67,7 @@ def test_there_are_blocks():
 
 
 def test_getting_started_is_the_quickstart():
-    """The page explains every line of the example, and no other."""
+    """The page explains every line of the example and no other lines."""
     [shown] = programs((ROOT / "docs/getting-started.md").read_text())
     source = (ROOT / "examples/quickstart.py").read_text().split('"""\n', 1)[1]
     around = ("def main() -> None:", 'if __name__ == "__main__":', "main()")

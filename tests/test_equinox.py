@@ -1,4 +1,4 @@
-"""Whole Equinox models, hyperparameters as leaves, derivatives, optax's wrappers."""
+"""Whole Equinox models, hyperparameters as leaves, derivatives, optax wrappers."""
 
 from typing import Any
 
@@ -42,7 +42,7 @@ def test_the_whole_model(getkey: Any):
         leaves = jtu.tree_leaves(tree, is_leaf=lambda x: x is None)
         flags = jtu.tree_leaves(trained, is_leaf=lambda x: x is None)
         assert [x is not None for x in leaves] == [bool(x) for x in flags]
-    assert jtu.tree_leaves(state.m2.shared.pytree[1]) == []  # shared with the first
+    assert jtu.tree_leaves(state.m2.shared.pytree[1]) == []  # shared with the embedding
 
     before = loss_of_arrays(model)
     for _ in range(3):
@@ -78,7 +78,8 @@ def test_no_parameter_changes_its_dtype(dtype: Any):
 
 
 def test_weakly_typed_parameters_stay_so():
-    """As `jnp.full` makes them, and `eqx.nn.PReLU`: no second trace for their sake."""
+    """`jnp.full` and `eqx.nn.PReLU` create such parameters. They do not cause a second
+    trace."""
     params = {
         "full": jnp.full((3,), 0.5),
         "scalar": jnp.asarray(0.25),
@@ -144,7 +145,7 @@ def test_new_arrays_do_not_retrace():
     step = eqx.filter_jit(counted)
     weak = jax.jit(lambda: jnp.asarray(0.5) * 4)()
     rates = (
-        jnp.asarray(0.1),  # weak
+        jnp.asarray(0.1),  # weakly typed
         jnp.asarray(0.2, jnp.float32),
         np.asarray(0.3, np.float64),
         jnp.asarray(0.4, jnp.bfloat16),

@@ -1,5 +1,5 @@
-"""What bad input gets: one short sentence that names the place."""
-# A static type checker finds many of these mistakes too.
+"""Bad input raises an error: one short sentence that names the place."""
+# A static type checker also finds many of these mistakes.
 # pyright: reportArgumentType=false
 
 from typing import Any
@@ -48,7 +48,7 @@ COMPACT_STATE = init(COMPACT, MODEL)
 
 
 class Untupled(AbstractCodec):
-    """A codec with a field of each kind, whose parts are no tuple."""
+    """A codec with a field of each kind. Its parts are not a tuple."""
 
     leaf: Any = None
     static: Any = eqx.field(static=True, default=1)
@@ -135,7 +135,7 @@ def donated_hyperparams() -> None:
 
 
 def deep(leaf: Any) -> Any:
-    """A tree of forty levels with a long name at each."""
+    """A tree with forty levels and a long name at each level."""
     for i in range(40):
         leaf = {f"transformer_block_with_a_long_name_{i}": leaf}
     return leaf
@@ -144,7 +144,7 @@ def deep(leaf: Any) -> Any:
 BF16 = jnp.asarray(0.9, jnp.bfloat16)
 SHAPE = r"has shape \({}\), but the optimizer state has \({}\) there. Was `init` called"
 
-# (id, what a user does, what they read)
+# (id, what a user does, the error that they get)
 CASES = (
     # gradients
     ("shape", grads(W0, jnp.ones((4, 2))), r"grads\.layers\[0\]\.weight " + SHAPE.format("4, 2", "4, 3")),
@@ -367,7 +367,7 @@ def test_zero_and_negative_learning_rates_are_legal(rate: Any):
 
 
 def test_the_net_behind_our_checks():
-    """Whoever calls the core past the checks is caught by jaxtyping, leaf by leaf."""
+    """If a call bypasses the checks, jaxtyping still checks every leaf in the core."""
     from jaxtyping import TypeCheckError
 
     from eqx_ademamix import _ademamix
@@ -397,7 +397,7 @@ def test_there_are_many_cases():
 
 
 def test_a_failed_update_leaves_nothing_behind():
-    """No check changes its arguments: the same state works after an error."""
+    """Checks do not change their arguments, so the state still works after an error."""
     with pytest.raises(ValueError, match="has shape"):
         update(OPTIM, put(GRADS, W0, jnp.ones((4, 2))), STATE, MODEL)
     _, new = update(OPTIM, GRADS, STATE, MODEL)

@@ -1,4 +1,4 @@
-"""The examples do what they say, also when interrupted, resumed or misused."""
+"""The examples work as described, even if interrupted, resumed, or misused."""
 
 import importlib
 import json
@@ -27,7 +27,7 @@ def command(*args: str | Path, script: str = "train_language_model.py") -> list[
 
 @pytest.fixture(scope="module", autouse=True)
 def compile_once(tmp_path_factory: pytest.TempPathFactory):
-    """Shares among all processes what JAX compiles, which takes most of their time."""
+    """Shares compiled programs among processes, because compiling takes most time."""
     with pytest.MonkeyPatch.context() as patch:
         cache = tmp_path_factory.mktemp("cache")
         patch.setenv("JAX_COMPILATION_CACHE_DIR", str(cache))
@@ -45,7 +45,7 @@ def run(
 
 
 def step_of(checkpoint: Path) -> int:
-    """The number of steps in a checkpoint, -1 if there is none yet."""
+    """The number of steps in a checkpoint, or -1 if there is no checkpoint yet."""
     if not checkpoint.exists():
         return -1
     with checkpoint.open("rb") as file:
@@ -68,7 +68,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished(
     text: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """An uninterrupted run: its folder, and what it printed."""
+    """The folder and the output of an uninterrupted run."""
     out = tmp_path_factory.mktemp("finished")
     return out, run("--data", text, "--out", out)
 
@@ -105,7 +105,7 @@ def test_plot_goes_where_it_is_wanted(finished, text, tmp_path):
     out, process = finished
     plot = tmp_path / "new" / "plot.png"
     again = run("--data", text, "--out", out, "--resume", "--plot", plot)
-    # A finished run has no steps left: it only reports.
+    # A finished run has no steps left, so it only reports.
     assert again.returncode == 0, again.stderr
     assert again.stdout.splitlines()[1:] == process.stdout.splitlines()[1:]
     assert plot.read_bytes().startswith(b"\x89PNG")
@@ -123,7 +123,7 @@ def test_interrupted_runs_resume_to_the_same_bits(finished, text, tmp_path):
 def interrupt(
     command: list[str], number: signal.Signals, checkpoint: Path, step: int
 ) -> None:
-    """Runs a command until a checkpoint has come to a step, and sends it a signal."""
+    """Runs a command until its checkpoint reaches a step, then sends a signal."""
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
@@ -138,7 +138,7 @@ def interrupt(
 
 
 def test_compare_trains_both_and_ends_with_ademamix(tmp_path):
-    """On the default text: Python's standard library."""
+    """Uses the default text, which is Python's standard library."""
     process = run("--compare", "--steps", "4", "--out", tmp_path)
     assert process.returncode == 0, process.stderr
     names = ["adamw.eqx", "ademamix.eqx", "loss.png"]

@@ -14,16 +14,16 @@ from .test_errors import CASES
 ROOT = pathlib.Path(__file__).parents[1]
 FAQ = (ROOT / "docs/faq.md").read_text()
 PACKAGE = sorted((ROOT / "eqx_ademamix").glob("**/*.py"))
-GAP = "…"  # stands for whatever a message fills in
+GAP = "…"  # replaces the variable parts of a message
 
 
 #
-# What the package says
+# The messages in the package
 #
 
 
 def text(node: ast.expr) -> str | None:
-    """A literal message, with `…` for what an f-string fills in."""
+    """A literal message, with `…` in place of the variable parts of an f-string."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return node.value
     if isinstance(node, ast.JoinedStr):
@@ -32,8 +32,11 @@ def text(node: ast.expr) -> str | None:
 
 
 def texts(node: ast.expr, module: ast.Module) -> list[str]:
-    """The messages that an expression stands for: a literal, a name that is assigned
-    one, or a call of a function of the module that returns some."""
+    """The messages that an expression can produce.
+
+    The expression is a literal, a name to which a message is assigned, or a call to a
+    function in the module that returns messages.
+    """
     match node:
         case ast.Name(id=name):
             values = assigned(name, module)
@@ -57,7 +60,7 @@ def assigned(name: str, module: ast.Module) -> Iterator[ast.expr]:
 
 
 def returned(name: str, module: ast.Module) -> Iterator[ast.expr]:
-    """What the functions of a name return."""
+    """The return values of all functions with this name."""
     for function in ast.walk(module):
         if isinstance(function, ast.FunctionDef) and function.name == name:
             found = (x for x in ast.walk(function) if isinstance(x, ast.Return))
@@ -65,7 +68,7 @@ def returned(name: str, module: ast.Module) -> Iterator[ast.expr]:
 
 
 def raised(module: ast.Module) -> Iterator[ast.expr]:
-    """The first arguments of all errors and warnings."""
+    """The first argument of each error and warning."""
     for node in ast.walk(module):
         match node:
             case ast.Raise(exc=ast.Call(args=[message, *_])):
@@ -77,7 +80,7 @@ def raised(module: ast.Module) -> Iterator[ast.expr]:
 
 
 def messages() -> dict[str, str]:
-    """All messages, each with the place that it is raised at."""
+    """All messages, each with the place where it is raised."""
     found: dict[str, str] = {}
     for path in PACKAGE:
         module = ast.parse(path.read_text())
@@ -89,12 +92,12 @@ def messages() -> dict[str, str]:
 
 
 #
-# What the FAQ quotes
+# The quotes in the FAQ
 #
 
 
 def quotes(page: str) -> list[str]:
-    """The block quotes of a page, each as one line."""
+    """The block quotes on a page, each as one line."""
     lines = re.findall(r"(?:^>.*\n?)+", page, re.MULTILINE)
     return [" ".join(x.lstrip("> ").rstrip() for x in q.splitlines()) for q in lines]
 
@@ -122,7 +125,7 @@ def test_no_message_has_two_entries():
 
 
 def test_every_entry_is_explained():
-    """After a quote, or several, comes a paragraph before the next heading."""
+    """After one or more quotes, a paragraph comes before the next heading."""
     for section in re.split(r"^#{2,3} ", FAQ, flags=re.MULTILINE)[1:]:
         lines = [line for line in section.splitlines()[1:] if line.strip()]
         assert not lines or not lines[-1].startswith(">"), section
@@ -130,7 +133,7 @@ def test_every_entry_is_explained():
 
 @pytest.mark.parametrize("user", [case[1] for case in CASES], ids=[x[0] for x in CASES])
 def test_what_users_read_is_found(user: Any):
-    """The text of a real error matches what the FAQ quotes."""
+    """The text of a real error matches a quote in the FAQ."""
     with pytest.raises((ValueError, TypeError)) as error:
         user()
     patterns = map(as_pattern, QUOTES)

@@ -1,4 +1,4 @@
-"""The numbers behind the figures of the docs, and the comparison with AdamW."""
+"""The numbers behind the figures in the docs, and the comparison with AdamW."""
 
 import importlib
 import math
@@ -18,7 +18,7 @@ DOCS = ROOT / "docs"
 
 @pytest.fixture
 def module(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Imports a script of the benchmarks, which find each other by name."""
+    """Imports a benchmark script. The scripts import each other by name."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
 
     def load(name: str) -> ModuleType:
@@ -41,7 +41,7 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 def golden(figures: ModuleType, figure: str, quantity: str) -> float:
-    """A number of `docs/figures.csv`."""
+    """A number from `docs/figures.csv`."""
     rows = figures.read_rows(ROOT / "docs/figures.csv")
     (value,) = (float(v) for f, q, v in rows if (f, q) == (figure, quantity))
     return value
@@ -146,7 +146,7 @@ def test_weights_are_those_of_two_averages(figures: ModuleType, module: Any):
 
 
 def test_gain_is_against_the_runs_that_never_saw_the_batch(module: Any):
-    """Two times, three runs: each batch costs 3 where it was seen, else 5."""
+    """Two times, three runs. A batch has loss 3 in the run that saw it, otherwise 5."""
     losses = np.full((2, 3, 3), 5.0)
     losses[:, range(3), range(3)] = 3.0
     gain, error = module("_figures_forgetting").gains(losses)
@@ -220,8 +220,11 @@ def test_a_best_rate_at_the_edge_asks_for_one_more(
 
 
 def fake_training(module: Any, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Puts a formula in the place of training, which is best at a rate of 8e-3 when
-    chosen by, and always better at a higher rate when reported. Returns the runs."""
+    """Replaces training by a formula. Returns the list of runs.
+
+    The loss on the selection text is lowest at a rate of 8e-3. The reported loss always
+    decreases with the rate.
+    """
     train_better, runs = module("train_better"), []
 
     def train(config: Any, text: Any) -> Any:
@@ -254,10 +257,10 @@ def test_experiment_tunes_repeats_and_trains_longer(
         assert rates == pytest.approx([1e-3, 2e-3, 4e-3, 8e-3, 16e-3])
         assert [run.settings["seed"] for run in found.repeats[name]] == [0, 1]
         assert found.repeats[name][0].settings["learning_rate"] == pytest.approx(8e-3)
-    # As good at 2500 steps, so 3000 are not tried.
+    # AdamW is as good at 2500 steps, so 3000 steps are not tried.
     assert list(found.adamw) == [1000, 1500, 2500]
     assert found.steps_needed == pytest.approx([math.sqrt(1500 * 2500)] * 2)
-    # Five rates for each, one more seed for each, two longer runs with two seeds.
+    # Five rates for each, one more seed for each, and two longer runs with two seeds.
     assert len(runs) == 10 + 2 + 4
     table = module("_comparison").summary(found)
     assert "| AdamW | 0.008 | 1.0000 | best |" in table
@@ -274,21 +277,21 @@ def test_finished_runs_are_not_repeated(
     path = tmp_path / "runs.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     assert len(lines) == done
-    path.write_text("".join(lines[:-2]))  # as if stopped in the last but one
+    path.write_text("".join(lines[:-2]))  # as if stopped during the second to last run
     again = experiment(module, tmp_path).run()
     assert len(runs) == done + 2
     assert path.read_text() == "".join(lines)
     assert again.steps_needed == first.steps_needed
     experiment(module, tmp_path, alpha=4.0).run()
-    assert len(runs) == 2 * done + 2  # no run is that of another setting
+    assert len(runs) == 2 * done + 2  # no run is reused for other settings
 
 
 def test_the_page_says_what_the_experiment_found(
     module: Any, monkeypatch: pytest.MonkeyPatch
 ):
-    """The tables are those of the runs in `docs/train_better.jsonl`."""
+    """The tables match the runs in `docs/train_better.jsonl`."""
     train_better, comparison = module("train_better"), module("_comparison")
-    monkeypatch.setattr(train_better, "train", None)  # there is nothing left to train
+    monkeypatch.setattr(train_better, "train", None)  # nothing is left to train
     tables = comparison.summary(train_better.recorded(DOCS / "train_better.jsonl"))
     page = (DOCS / "reproductions.md").read_text()
     rows = [line for line in tables.splitlines() if line.startswith("|")]

@@ -1,4 +1,4 @@
-"""Encoded states under everything that a dense state lives under."""
+"""Encoded states work wherever dense states work."""
 
 import contextlib
 from typing import Any
@@ -58,7 +58,7 @@ def make_params() -> dict[str, Any]:
 
 
 def sines(params: Any) -> Any:
-    """Gradients of all sizes."""
+    """Gradients with a wide range of sizes."""
     real = lambda x: 1e-3 * jnp.sin(7 * x) * jnp.exp(2 * x)
 
     def of(x: Any) -> Any:
@@ -198,7 +198,8 @@ def test_runs_repeat_bit_for_bit():
 
 
 def test_equal_leaves_are_rounded_independently():
-    """By their place in the model, else the errors of equal layers would be equal."""
+    """Rounding depends on the place in the model. Otherwise, equal layers would have
+    equal errors."""
     optim = AdEMAMix(1e-3, state_format=COMPACT)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 256)), jnp.float32)
     _, state = optim.update([x, x], optim.init([x, x]))
@@ -240,7 +241,7 @@ def test_donation(name: str):
         return eqx.apply_updates(params, updates), state
 
     jitted = jax.jit(step, donate_argnums=(0, 1))
-    # All of it is written where it was read.
+    # Every buffer is updated in place.
     program = jitted.lower(params, state).compile().as_text()
     leaves = [x for x in jtu.tree_leaves((params, state)) if x.size > 1]
     assert str(program).count("-alias)") >= len(leaves)
@@ -253,7 +254,7 @@ def test_donation(name: str):
 @pytest.mark.parametrize("shape", ((512, 512), (4000, 67), (1000, 300)), ids=str)
 @pytest.mark.parametrize("name", ("float32", "half", "compact"))
 def test_temporaries_of_a_step(name: str, shape: tuple[int, ...]):
-    """A step needs no copy of the state: a third of a byte a parameter at most."""
+    """A step does not copy the state. It needs at most 0.35 bytes per parameter."""
     params = [jnp.zeros(shape) for _ in range(4)]
     optim = AdEMAMix(1e-3, state_format=getattr(StateFormat, name)())
     state = optim.init(params)
@@ -270,7 +271,7 @@ def test_temporaries_of_a_step(name: str, shape: tuple[int, ...]):
 
 @pytest.mark.parametrize("spec", (("x", None), (None, "x")), ids=("first", "last"))
 def test_sharding(spec: tuple[Any, ...]):
-    """The codes lie where the parameters lie, and the numbers are the same."""
+    """The codes have the sharding of the parameters, and the results are the same."""
     mesh = Mesh(np.array(jax.devices()), ("x",))
     sharding = NamedSharding(mesh, PartitionSpec(*spec))
     params = jnp.asarray(np.random.default_rng(0).normal(size=(64, 2048)), jnp.float32)
@@ -288,7 +289,7 @@ def test_sharding(spec: tuple[Any, ...]):
     for tree in (sharded[1].m1, sharded[1].m2, sharded[1].nu):
         assert tree.real[0].sharding.is_equivalent_to(sharding, 2)
     assert optim.init(jax.device_put(params, sharding)).m2.real[0].sharding == sharding
-    # Codes may differ by one where the compiler rounds the arithmetic otherwise.
+    # Codes can differ by one if the compiler rounds the arithmetic differently.
     for a, b in zip(jtu.tree_leaves(sharded), jtu.tree_leaves(plain), strict=True):
         assert np.mean(np.asarray(a) != np.asarray(b)) < 1e-3 or max_error(a, b) < 1e-6
 
@@ -296,8 +297,8 @@ def test_sharding(spec: tuple[Any, ...]):
 @pytest.mark.parametrize("spec", (("x", None), (None, "x")), ids=("first", "last"))
 @pytest.mark.parametrize("name", ("half", "compact"))
 def test_sharding_that_is_a_part_of_the_type(name: str, spec: tuple[Any, ...]):
-    """As that of `jax.make_mesh` is: a state is a carry of `scan` there, too, also if
-    the devices do not divide the blocks."""
+    """`jax.make_mesh` gives such shardings. There, a state can also be a `scan` carry,
+    even if the devices do not divide the blocks."""
     is_typed = hasattr(jax, "set_mesh")
     mesh = jax.make_mesh((8,), ("x",)) if is_typed else Mesh(jax.devices(), ("x",))
     optim = AdEMAMix(1e-3, state_format=getattr(StateFormat, name)())
@@ -323,7 +324,7 @@ def test_sharding_that_is_a_part_of_the_type(name: str, spec: tuple[Any, ...]):
 
 @pytest.mark.parametrize("name", ("half", "compact"))
 def test_derivatives_through_an_update(name: str):
-    """Rounding has none: they are those of float32, and not zero."""
+    """Derivatives ignore rounding. They match those of float32 and are not zero."""
     x = jnp.asarray(np.random.default_rng(0).normal(size=(16, 256)), jnp.float32)
 
     def slope(fmt: StateFormat) -> Any:
@@ -352,7 +353,7 @@ def test_b1_zero_and_params_left_out():
 
 @pytest.mark.parametrize("scale", (1e-12, 1e-6, 1.0, 1e4))
 def test_gradients_of_all_scales(scale: float):
-    """At a scale the step is that of gradients near 1, as Adam's is."""
+    """As with Adam, a step does not depend on the scale of the gradients."""
     fmt = COMPACT
     optim = AdEMAMix(1e-3, eps=1e-30, state_format=fmt)
     params = eqx.filter(
@@ -381,7 +382,7 @@ def test_other_parameters(dtype: str):
         assert isinstance(state.m2, Encoded)
         updates, after = jax.jit(optim.update)(params, state, params)
         assert updates.dtype == params.dtype and tree_type(after) == tree_type(state)
-        # What is stored is what the update was made from.
+        # The update was computed from the stored values.
         dense = jax.tree.map(np.float64, decoded(after))
         step = dense.m1 / (1 - 0.9) + 5 * dense.m2
         step = step / (np.sqrt(dense.nu / (1 - 0.999)) + 1e-8)
@@ -391,7 +392,7 @@ def test_other_parameters(dtype: str):
 
 
 #
-# Beside it
+# Functions for stored states
 #
 
 
@@ -423,7 +424,7 @@ def test_to_and_from_optax_and_adamw():
     assert eqx.tree_equal(adam.mu, dense.m1) and eqx.tree_equal(adam.nu, dense.nu)
     back = eqx_ademamix.from_optax(theirs, optim, params)
     assert tree_type(back) == tree_type(state)
-    # Rounded to nearest: what was on a grid of squares is still on it.
+    # Rounding is to nearest, so a value on the grid of squares stays on the grid.
     assert eqx.tree_equal(decoded(back).nu, dense.nu)
     for x, y, bound in (
         (decoded(back).m1, dense.m1, 1 / 10_000),

@@ -1,4 +1,4 @@
-"""Which leaves are trained, which are decayed, and what the report says of it."""
+"""Which leaves are trained, which leaves are decayed, and the decay report."""
 
 import re
 from typing import Any
@@ -91,7 +91,7 @@ class Typed(eqx.Module):
     ((Block, {".linear.weight", ".gate"}), (Typed, {".kernel"})),
 )
 def test_stacked_vectors_of_a_block(make: Any, expected: set[str], getkey: Any):
-    """A vector beside a layer of `eqx.nn`, or one whose annotation says its rank."""
+    """A vector next to an `eqx.nn` layer, or with an annotation that gives its rank."""
     assert decayed(make(getkey())) == expected
     stacked = eqx.filter_vmap(make)(jax.random.split(getkey(), 4))
     assert decayed(stacked) == expected
@@ -226,9 +226,9 @@ MASKS = (
 
 @pytest.mark.parametrize("make", [m for _, m in MASKS], ids=[n for n, _ in MASKS])
 def test_decay_acts_where_the_mask_says(make: Any):
-    """With zero gradients only decay moves a parameter."""
+    """With zero gradients, only weight decay changes a parameter."""
     model = make_mlp()
-    assert callable(model)  # so are masks of its shape: they are trees all the same
+    assert callable(model)  # so are masks like it, but masks count as trees
     optim = AdEMAMix(0.1, weight_decay=0.5, weight_decay_mask=make(model))
     grads = jax.tree.map(
         lambda x: jnp.zeros_like(x), eqx.filter(model, eqx.is_inexact_array)
@@ -268,7 +268,7 @@ def test_frozen_leaves(_: str, make: Any, how: Any, with_params: bool):
         weight_decay_mask=decay_mask(model),
     )  # fmt: skip
     state = eqx_ademamix.init(optim, model)
-    grads = eqx.filter_grad(loss_of_arrays)(model)  # at every leaf, frozen or not
+    grads = eqx.filter_grad(loss_of_arrays)(model)  # at every leaf, even if frozen
     params = (model,) if with_params else ()
     update = eqx.filter_jit(eqx_ademamix.update)
     for _step in range(2):
@@ -310,7 +310,7 @@ def test_a_callable_sees_only_trained_arrays(getkey: Any):
 
 
 def test_what_only_looks_stacked(getkey: Any):
-    """An array of four rows beside a stack of four layers is no part of the stack."""
+    """An array with four rows next to four stacked layers is not part of the stack."""
 
     class Model(eqx.Module):
         embedding: eqx.nn.Embedding

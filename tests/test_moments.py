@@ -1,5 +1,5 @@
-"""The arithmetic of moments on trees, and the names of the JAX references."""
-# optax has one type for all states and all updates.
+"""Moment arithmetic on trees, and the function names of the JAX references."""
+# optax uses one type for all states and all updates.
 # pyright: reportArgumentType=false, reportCallIssue=false
 
 import inspect
@@ -78,14 +78,14 @@ def test_update_moment(moment: Any, update: Any, order: int, array: bool):
     exact = 0.9 * np.asarray(m["w"], float) + 0.1 * np.asarray(g["w"], float) ** order
     assert out["n"] is None and out["w"].dtype == moment
     powers = np.asarray(g["w"], float) ** order
-    # In units of the larger of the two that are averaged.
+    # Relative to the larger of the two values that are averaged.
     size = max(np.abs(np.asarray(x, float)).max() for x in (m["w"], powers))
     atol = float(jnp.finfo(moment).eps) * size
     np.testing.assert_allclose(np.asarray(out["w"], float), exact, rtol=0, atol=atol)
 
 
 def test_update_moment_near_one():
-    """From 1 - decay without cancellation, in a bfloat16 moment as in a float32 one."""
+    """Uses 1 - decay without cancellation, in bfloat16 and in float32 moments."""
     for dtype, rtol in ((jnp.float32, 1e-6), (jnp.bfloat16, 4e-3)):
         m = tree_update_moment(jnp.ones(()), jnp.zeros((), dtype), 0.999999, 1)
         np.testing.assert_allclose(float(m), 1e-6, rtol=rtol)
@@ -136,7 +136,7 @@ def test_bias_correction_of_nothing():
 
 
 def test_all_kinds_of_arguments():
-    """NumPy's leaves, decays and orders, Python's integers; keys are left alone."""
+    """Accepts NumPy leaves, decays, and orders, and Python integers. Skips keys."""
     g, m = {"w": np.full(3, 2.0)}, {"w": np.zeros(3, np.float32)}
     for order in (2, 2.0, np.int64(2), np.float32(2), jnp.asarray(2)):
         for decay in (0, 0.0, np.float32(0), jnp.asarray(0)):
@@ -222,7 +222,7 @@ def test_errors(call: Any, text: str):
 
 
 #
-# The names, as they are known
+# The names from the references
 #
 
 
@@ -275,7 +275,7 @@ def test_a_true_transformation():
 
 
 def test_all_ways_are_one_optimizer():
-    """By position, by both spellings, and with schedules in either place."""
+    """Arguments by position, in both spellings, and with schedules in either place."""
     params = {"w": jnp.linspace(-1, 1, 5)}
     b3, alpha = beta3_scheduler(0.99, 0.9, warmup=5), alpha_scheduler(3.0, warmup=5)
     ways = (
@@ -341,7 +341,7 @@ def test_bad_arguments(call: Any, text: str):
 @pytest.mark.parametrize("mu_dtype", (jnp.bfloat16, jnp.float16, jnp.float32))
 @pytest.mark.parametrize("scheduled", (False, True))
 def test_mu_dtype_stays(mu_dtype: Any, scheduled: bool):
-    """The references lose it in the first step, and the second compiles again."""
+    """In the references, the first step loses it, and the second step recompiles."""
     params = {"w": jnp.ones(3), "c": jnp.ones(2, jnp.complex64)}
     schedules: Any = {
         "b3_scheduler": beta3_scheduler(0.99, 0.9, warmup=5),
@@ -390,7 +390,7 @@ def test_warns_once_of_a_dtype_that_cannot_decay():
 
 
 def test_the_warning_is_true():
-    """A bfloat16 `m2` of 1 stays 1 for ever when the gradients become 0."""
+    """A bfloat16 `m2` of 1 stays 1 forever when the gradients become 0."""
     with pytest.warns(UserWarning, match="cannot decay"):
         tx = ademamix(1e-3, mu_dtype=jnp.bfloat16)
     state: Any = tx.init(jnp.ones(()))

@@ -1,4 +1,4 @@
-"""The examples that answer one question each do what they say."""
+"""The examples that answer a single question work as described."""
 
 import csv
 import re
@@ -21,13 +21,13 @@ from .test_examples import compile_once as compile_once
 
 @pytest.fixture(autouse=True)
 def as_users_run_it() -> Iterator[None]:
-    """With JAX's own promotion."""
+    """Uses JAX's default promotion."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
 
 
 def run(script: str, out: Path, *args: str | int) -> str:
-    """What a script prints. It must have drawn one plot."""
+    """Returns the output of a script. Checks that the script saved one plot."""
     command = [sys.executable, EXAMPLES / script, "--out", out, *map(str, args)]
     process = subprocess.run(
         [*map(str, command)], capture_output=True, text=True, timeout=120
@@ -140,7 +140,7 @@ def test_resumed_run_that_differs_is_seen(tmp_path, monkeypatch):
     config = resume.Config(steps=4, save_every=2, out=tmp_path)
 
     def differently(_, path: Path, *args: str) -> int:
-        """In place of a process that trains: a checkpoint of the initial model."""
+        """Saves a checkpoint of the initial model instead of training."""
         optim, model = resume.start(config.steps)
         tree = model, eqx_ademamix.init(optim, model)
         checkpoint.save(path, {"step": 4, "losses": [1.0] * 4}, tree)

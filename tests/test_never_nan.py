@@ -1,4 +1,4 @@
-"""No legal setting gives a NaN."""
+"""No valid setting produces a NaN."""
 
 from typing import Any
 
@@ -83,8 +83,8 @@ def test_zero_gradients_move_nothing(b1: float):
 
 
 def test_a_square_that_overflows_is_forgotten():
-    """1e20 squared overflows float32. The average keeps the largest finite number, so
-    that it decays and the parameter moves again."""
+    """1e20 squared overflows float32. The average stores the largest finite number
+    instead, so it can decay, and the parameter can change again."""
     optim = AdEMAMix(1e-3, b1=0.5, b2=0.5, b3=0.5)
     state = optim.init(jnp.zeros(1))
     updates, state = optim.update(jnp.asarray([1e20]), state)

@@ -1,5 +1,5 @@
-"""Inside optax: each way in times each wrapper, and the ways round what cannot be."""
-# optax has one type for all states and all updates.
+"""Use inside optax: each constructor in each wrapper, and workarounds."""
+# optax uses one type for all states and all updates.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false
 # pyright: reportIndexIssue=false
 
@@ -152,7 +152,7 @@ def test_trains_inside(make: Any, wrapper: Any):
 
 @pytest.mark.parametrize("make", OPTIMIZERS, ids=lambda make: make.__name__)
 def test_lookahead(make: Any):
-    """Keeps its own, slow parameters."""
+    """Lookahead keeps its own slow parameters."""
     optim = optax.lookahead(make(), sync_period=3, slow_step_size=0.5)
     model = eqx.filter(make_mlp(), eqx.is_inexact_array)
     params = optax.LookaheadParams.init_synced(model)
@@ -219,7 +219,7 @@ def test_a_new_learning_rate_between_steps(make: Any):
 
 
 def test_injected_schedules_of_numbers():
-    """What `inject_hyperparams` takes for a schedule it resolves itself."""
+    """`inject_hyperparams` evaluates anything that it regards as a schedule."""
     factory = optax.inject_hyperparams(
         eqx_ademamix.ademamix,
         static_args=("b3_scheduler", "alpha_scheduler", "mask", "mu_dtype"),
@@ -259,7 +259,7 @@ def test_injected_scheduler_that_is_not_static():
 
 @pytest.mark.parametrize("make", OPTIMIZERS, ids=lambda make: make.__name__)
 def test_map_params(make: Any):
-    """`optax.tree.map_params` finds the moments, and nothing else."""
+    """`optax.tree.map_params` finds the moments and nothing else."""
     optim, params = make(), {"w": jnp.ones((2, 3)), "b": jnp.zeros(3)}
     state = optim.init(params)
     doubled = optax.tree.map_params(
@@ -273,7 +273,8 @@ def test_map_params(make: Any):
 
 @pytest.mark.parametrize("make", OPTIMIZERS, ids=lambda make: make.__name__)
 def test_schedule_free(make: Any):
-    """Keeps its own parameters too; what it has learned is at the evaluation ones."""
+    """Schedule-free also keeps its own parameters. The evaluation parameters hold the
+    result of training."""
     optim = optax.contrib.schedule_free(make(), learning_rate=RATE, b1=0.9)
     params, static = eqx.partition(make_mlp(), eqx.is_inexact_array)
     of = lambda params: loss_fn(eqx.combine(params, static))
@@ -290,7 +291,7 @@ def test_schedule_free(make: Any):
 
 
 def test_a_callable_module_as_labels():
-    """optax asks `callable(...)`, and Equinox models are. The way round is a lambda."""
+    """optax checks `callable(...)`, and Equinox models are callable. Use a lambda."""
     params = eqx.filter(make_mlp(), eqx.is_inexact_array)
     transforms: Any = {"matrix": as_class(), "vector": optax.sgd(RATE)}
     with pytest.raises(TypeError, match=r"unsupported operand type.* for @: 'str'"):
@@ -301,7 +302,7 @@ def test_a_callable_module_as_labels():
 
 
 def test_a_callable_module_as_mask_of_ours():
-    """Ours take a module as the tree that it is, and a function of the whole tree."""
+    """Our optimizers treat a module as a tree, and accept a function of the tree."""
     params = eqx.filter(make_mlp(), eqx.is_inexact_array)
     mask = jax.tree.map(lambda x: x.ndim > 1, params)
     grads = jax.tree.map(jnp.zeros_like, params)
@@ -312,7 +313,7 @@ def test_a_callable_module_as_mask_of_ours():
 
 
 def test_the_whole_model_in_wrappers_that_need_arrays():
-    """AdEMAMix takes the whole model, wrappers take it filtered."""
+    """AdEMAMix accepts the whole model, but wrappers need a filtered model."""
     model = make_mlp()
     with pytest.raises(TypeError, match="zeros_like requires ndarray or scalar"):
         optax.MultiSteps(as_class(), 2).init(model)
@@ -323,7 +324,7 @@ def test_the_whole_model_in_wrappers_that_need_arrays():
 
 
 def test_reading_and_setting_inside_a_state():
-    """`optax.tree.get` looks into NamedTuples only. Attributes and `eqx.tree_at` do."""
+    """`optax.tree.get` only searches NamedTuples. Attributes and `eqx.tree_at` work."""
     optim = optax.chain(optax.clip_by_global_norm(1.0), as_class())
     state: Any = optim.init(jnp.ones(3))
     assert optax.tree.get(state, "count_m2") is None

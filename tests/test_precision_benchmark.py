@@ -1,4 +1,4 @@
-"""The parts of `benchmarks/precision.py` that are not the package's."""
+"""The parts of `benchmarks/precision.py` that are not in the package."""
 
 import importlib
 from pathlib import Path
@@ -21,7 +21,7 @@ def benchmark(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def test_the_dynamic_map(monkeypatch):
-    """As the paper that defines it has it: 256 numbers, finest near zero."""
+    """Matches the paper that defines the map: 256 numbers, most dense near zero."""
     numbers = benchmark("_storage", monkeypatch).dynamic_map()
     assert len(numbers) == len(set(numbers)) == 256
     assert numbers.max() == 1.0 and 0.0 in numbers

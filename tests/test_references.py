@@ -1,6 +1,8 @@
-"""Beside the installed `optax.contrib.ademamix`: equal where both are exact, and where
-they differ, ours is the one closer to float64."""
-# optax has one type for all states, and its schedules are functions.
+"""Compares with the installed `optax.contrib.ademamix`.
+
+Results are equal where both are exact. Where they differ, ours are closer to float64.
+"""
+# optax uses one type for all states, and its schedules are functions.
 # pyright: reportArgumentType=false
 
 from typing import Any
@@ -51,7 +53,7 @@ def run(tx: Any, params: Any, grads: Any) -> tuple[Any, Any]:
         return (eqx.apply_updates(params, updates), state), None
 
     params = jax.tree.map(jnp.asarray, params)
-    # optax's state changes its dtypes in the first step: a scan would not take it.
+    # optax's state changes its dtypes in the first step, so a scan would reject it.
     first, rest = (
         jax.tree.map(lambda x, i=i: x[i], grads) for i in (0, slice(1, None))
     )
@@ -116,8 +118,8 @@ def worst_m2(state: Any, refs: dict[str, Reference]) -> float:
 
 
 def test_closer_to_float64_near_one():
-    """A schedule that ends at 0.999999: optax subtracts it from 1 in float32, where its
-    spacing is 6e-8, and so gives new gradients a weight that is wrong by about 1 %."""
+    """The schedule ends at 0.999999. optax subtracts it from 1 in float32, where the
+    spacing is 6e-8. This makes the weight of new gradients wrong by about 1%."""
     warmup = 100
     schedules: Any = dict(
         b3=beta3_scheduler(0.999999, 0.9, warmup=warmup),
@@ -136,8 +138,8 @@ def test_closer_to_float64_near_one():
 
 
 def test_closer_to_float64_in_half_precision():
-    """bfloat16 parameters: optax keeps the moments in bfloat16 too, where nothing less
-    than one part in 256 is heard. Ours are float32."""
+    """With bfloat16 parameters, optax also stores the moments in bfloat16, which rounds
+    away changes of less than one part in 256. Our moments are float32."""
     params = {k: jnp.asarray(v, jnp.bfloat16) for k, v in draw(0, np.float32).items()}
     grads = {k: jnp.asarray(v, jnp.bfloat16) for k, v in gradients(np.float32).items()}
     exact_grads = {k: np.asarray(v, np.float64) for k, v in grads.items()}

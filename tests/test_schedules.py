@@ -1,4 +1,4 @@
-"""The schedules: golden values, every kind of step, precision."""
+"""Golden values of the schedules, all kinds of steps, and precision."""
 # pyright: reportArgumentType=false
 
 from typing import Any
@@ -104,7 +104,8 @@ def test_b3_from_zero():
     assert b3(0) == 0.0 and b3.complement(0) == 1.0
     values = np.asarray(b3(np.arange(101)))
     assert np.all(np.isfinite(values)) and np.all(np.diff(values) > 0)
-    # The half-life grows linearly from 0, so after t of 100 steps it is t / 100 of it.
+    # The half-life grows linearly from 0. After t of 100 steps, it is t / 100 of the
+    # final value.
     np.testing.assert_allclose(b3(50), 0.999**2, rtol=1e-6)
 
 

@@ -1,4 +1,4 @@
-"""The state: its types, its buffers, and the transformations it lives under."""
+"""The types and buffers of the state, and the transformations that it supports."""
 
 from typing import Any
 
@@ -144,7 +144,8 @@ def test_scan_carry_and_one_trace(optim: Any, getkey: Any):
 
 
 def test_bfloat16_parameters_do_not_spoil_the_slow_average():
-    """1 - 0.9999^20000 = 0.8647; optax's m2, in bfloat16, stops at 0.031."""
+    """The exact value is 1 - 0.9999^20000 = 0.8647. optax's bfloat16 `m2` stops at
+    0.031."""
     optim = AdEMAMix(1e-6, b3=0.9999)
     params = jnp.zeros(3, jnp.bfloat16)
     grads = jnp.ones(3, jnp.bfloat16)
@@ -165,7 +166,7 @@ def test_bfloat16_parameters_do_not_spoil_the_slow_average():
 @pytest.mark.parametrize("jit", (False, True))
 def test_no_two_leaves_share_a_buffer(jit: bool, getkey: Any):
     model = make_zoo(getkey())
-    optim = AdEMAMix(1e-3, b1=0.9, b3=0.9)  # equal decays: m1 and m2 are equal
+    optim = AdEMAMix(1e-3, b1=0.9, b3=0.9)  # equal decays make m1 and m2 equal
     init, update = eqx_ademamix.init, eqx_ademamix.update
     if jit:
         init, update = eqx.filter_jit(init), eqx.filter_jit(update)
@@ -340,7 +341,7 @@ def test_eval_shape(getkey: Any):
 
 
 def test_a_state_of_numpy_arrays():
-    """As some checkpoint libraries and `jax.device_get` return it."""
+    """Some checkpoint libraries and `jax.device_get` return such states."""
     model, optim = make_mlp(), AdEMAMix(1e-2, **SCHEDULES)
     grads = eqx.filter_grad(loss_of_arrays)(model)
     _, state = optim.update(grads, optim.init(model), model)
@@ -356,7 +357,7 @@ def test_a_state_of_numpy_arrays():
 
 
 def test_plain_jit_of_the_methods():
-    """A mask in a dict has no hash of its own, which `jax.jit` asks for."""
+    """`jax.jit` needs a hash, but a mask in a dict does not have one."""
     mask = {"w": True, "b": False}
     optim = AdEMAMix(1e-3, weight_decay=0.1, weight_decay_mask=mask, **SCHEDULES)
     params = {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}
@@ -368,7 +369,8 @@ def test_plain_jit_of_the_methods():
 
 
 def test_no_gradient_for_a_frozen_part():
-    """`None` for a whole frozen layer, as `eqx.partition` by a prefix leaves it."""
+    """The gradient is `None` for a whole frozen layer. `eqx.partition` with a prefix
+    produces such trees."""
     model = make_mlp()
     spec = eqx.tree_at(
         lambda m: m.layers, jax.tree.map(lambda _: False, model), (False, True, True)
