@@ -52,7 +52,7 @@ def storage_formats(path: Path, short: bool) -> list[Number]:
     ]
 
 
-# Each function draws to a path and returns its numbers. The bool asks for a short run.
+# Each function draws to a path and returns its numbers. The bool selects a short run.
 FIGURES: dict[str, Callable[[Path, bool], list[Number]]] = {
     "figure_18": figure_18,
     "figure_2": figure_2,

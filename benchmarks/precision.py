@@ -6,8 +6,9 @@
 
 The table uses the following protocol. There are 4096 elements, and their gradients have
 log-normal scales sigma. The mean of each gradient is 0.05 sigma times a normal random
-number, and its noise is sigma. The run takes 40,000 steps at b3 = 0.9999. Halfway, the
-mean is multiplied by -0.5. The results are compared with float64, in units of sigma.
+number. Its noise has standard deviation sigma. The run takes 40,000 steps at
+b3 = 0.9999. Halfway, the mean is multiplied by -0.5. The results are compared with
+float64, in units of sigma.
 """
 
 import argparse

@@ -67,8 +67,8 @@ class BetterConfig(Config):
     rates: tuple[float, ...] = (2e-3, 4e-3, 8e-3, 16e-3)
     """The first peak learning rates to try, in steps of a constant factor."""
     most_rates: int = 7
-    """The maximum number of learning rates to try. The table shows whether the best one
-    is still at the edge."""
+    """The maximum number of learning rates to try.
+    The table shows whether the best one is still at the edge."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """The seeds. The first one selects the learning rates. All are reported."""
     longer: tuple[float, ...] = (1.25, 1.5, 2.0)

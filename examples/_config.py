@@ -16,25 +16,22 @@ class Config:
     """Trains a byte-level transformer on text."""
 
     data: Path | None = None
-    """A text file or a folder of text files to train on. The default is the source code
-    of Python's standard library."""
+    """A text file or a folder of text files.
+    The default is the source code of Python's standard library."""
     out: Path = Path("runs/language_model")
     """The folder for checkpoints and the plot."""
     plot: Path | None = None
     """Path of the loss plot. The default is OUT/loss.png."""
     resume: bool = False
-    """Continue from the checkpoint in OUT. The results match an uninterrupted run bit
-    for bit."""
+    """Continue from the checkpoint in OUT, to the same results bit for bit."""
     compare: bool = False
-    """Train with AdamW and with AdEMAMix, from the same initial weights and on the same
-    batches."""
+    """Train with AdamW and with AdEMAMix, from the same weights on the same batches."""
     optimizer: OptimizerName = "ademamix"
     """The optimizer to train with. Ignored with --compare."""
     steps: int = 8000
     """The number of steps. Every schedule spans all of them."""
     learning_rate: float | None = None
-    """The peak learning rate. The default is 8e-3, which works well for both
-    optimizers."""
+    """The peak learning rate. The default, 8e-3, works well for both optimizers."""
     alpha: float = 5.0
     """AdEMAMix: the final weight of the slow average of the gradients."""
     b3: float = 0.999

@@ -23,7 +23,7 @@ Curve: TypeAlias = list[tuple[int, float]]  # (step, accuracy) pairs
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Trains on ten digits, then on a few images to tell odd digits from even ones."""
+    """Trains on all digits, then on a few images to tell odd digits from even ones."""
 
     steps: int = 300
     """The number of steps in each training run."""
