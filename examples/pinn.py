@@ -30,7 +30,7 @@ class Config:
     learning_rate: float = 1.6e-2
     """The peak learning rate, which works well for both optimizers.
     Six rates from 2e-3 to 6.4e-2 were tried, each twice the previous one.
-    At this rate, the error of each optimizer is within 5 percent of its lowest error."""
+    At this rate, the error of each optimizer is within 5 percent of its lowest one."""
     alpha: float = 5.0
     """AdEMAMix: the final weight of the slow average."""
     b3: float = 0.999
