@@ -120,7 +120,7 @@ def test_b1_zero():
 
 
 def test_precision_of_one_minus_b3():
-    name = "relative error of `1 - b3` at a Python `b3=0.999999`, float32"
+    name = "relative error of `1 - b3` if a schedule reaches `b3=0.999999`, float32"
     ours, theirs = row(name)
     grads, errors = jnp.ones(()), []
     # A Python float is exact for both; what a schedule gives is a float32 array.
