@@ -33,7 +33,7 @@ def row(name: str) -> tuple[str, str]:
 
 
 def test_whole_model():
-    assert row("takes a whole Equinox model") == ("yes", "no, arrays only")
+    assert row("accepts a whole Equinox model") == ("yes", "no, arrays only")
     model = make_mlp()
     eqx_ademamix.init(AdEMAMix(1e-3), model)
     with pytest.raises((TypeError, ValueError, AttributeError)):
@@ -41,8 +41,8 @@ def test_whole_model():
 
 
 def test_wrong_shape():
-    name = "a gradient of another shape that broadcasts"
-    assert row(name) == ("an error with its path", "a wrong step")
+    name = "a gradient of the wrong shape that broadcasts"
+    assert row(name) == ("an error that names the path", "a wrong step")
     model = {"w": jnp.ones((4, 3))}
     grads = {"w": jnp.ones((4, 1))}
     ours, theirs = AdEMAMix(1e-3), cast(Any, optax.contrib.ademamix(1e-3))
@@ -67,14 +67,14 @@ def slow_average(optim: Any) -> float:
 
 
 def test_bfloat16():
-    name = "`m2` after 20 000 gradients of 1, bf16 parameters (exact: 0.8647)"
+    name = "`m2` after 20,000 gradients of 1, bf16 parameters (exact: 0.8647)"
     ours, theirs = row(name)
     assert f"{slow_average(AdEMAMix(1e-3)):.4f}" == ours == "0.8647"
     assert f"{slow_average(optax.contrib.ademamix(1e-3)):.3f}" == theirs == "0.031"
 
 
 def test_new_learning_rate():
-    assert row("a new learning rate") == ("same program", "compiles again")
+    assert row("a new learning rate") == ("same program", "recompiles")
     params = jnp.ones(3)
 
     def one(optim: Any, state: Any) -> Any:
@@ -109,7 +109,7 @@ def test_second_step():
 
 
 def test_b1_zero():
-    assert row("bytes of state a parameter, `b1=0`") == ("8", "12")
+    assert row("bytes of state per parameter, `b1=0`") == ("8", "12")
     params = jnp.ones(1000)
     for optim, size in (
         (AdEMAMix(1e-3, b1=0), 8),
@@ -120,7 +120,7 @@ def test_b1_zero():
 
 
 def test_precision_of_one_minus_b3():
-    name = "relative error of `1 - b3` at a Python `b3=0.999999`, float32"
+    name = "relative error of `1 - b3` if a schedule reaches `b3=0.999999`, float32"
     ours, theirs = row(name)
     grads, errors = jnp.ones(()), []
     # A Python float is exact in both. A schedule returns a float32 array.
