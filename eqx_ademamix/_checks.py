@@ -1,12 +1,10 @@
-"""Tree paths, and the checks whose messages name them.
+"""The checks, whose messages name the place.
 
 Everything here reads only structure, shapes and dtypes, so under `jit` it runs once, at
 trace time, and a compiled step pays nothing for it.
 """
 
-import typing
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar
+from typing import Any, NoReturn
 
 import equinox as eqx
 import jax
@@ -14,225 +12,266 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 from jax.core import Tracer
+from jaxtyping import Array, PyTree
 
-from ._encoded import Encoded
-
-
-_Fn = TypeVar("_Fn", bound=Callable[..., Any])
-Path = tuple[Any, ...]
-
-
-def no_type_check(fn: _Fn) -> _Fn:
-    """Exempts a public function from the checks of jaxtyping's import hook, whose
-    messages on a whole model are too long to read: ours come first, and the jaxtyped
-    core is the net behind them.
-
-    The hook knows the decorator by this name. `typing.no_type_check` itself would make
-    static type checkers forget the signature.
-    """
-    return typing.no_type_check(fn)
-
-
-#
-# Trees and their paths
-#
-
-
-def is_entry(x: Any) -> bool:
-    """Whether `x` counts as a leaf though JAX would look into it: `None`, which marks
-    an absent leaf, or an encoded moment."""
-    return x is None or isinstance(x, Encoded)
-
-
-def is_leaf(x: Any) -> bool:
-    """Whether `x` is no PyTree node, or one that counts as a leaf."""
-    return is_entry(x) or jtu.all_leaves([x])
-
-
-def is_inexact_shape(x: Any) -> bool:
-    """Whether `x` is an inexact array, or a `jax.ShapeDtypeStruct` of one."""
-    is_struct = isinstance(x, jax.ShapeDtypeStruct)
-    return eqx.is_inexact_array(x) or (
-        is_struct and bool(jnp.issubdtype(x.dtype, jnp.inexact))
-    )
-
-
-def children(node: Any) -> tuple[list[tuple[Path, Any]], Any]:
-    """The children of a node with their keys, and the structure of that one level."""
-    return jtu.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)
-
-
-def leaves_with_path(tree: Any) -> list[tuple[Path, Any]]:
-    """All leaves of a tree with their paths, `None` and encoded moments among them."""
-    return jtu.tree_flatten_with_path(tree, is_leaf=is_entry)[0]
-
-
-def structure(tree: Any) -> Any:
-    """The structure of a tree, with `None` and encoded moments as leaves."""
-    return jtu.tree_structure(tree, is_leaf=is_entry)
-
-
-def path_text(path: Path) -> str:
-    """A path as error messages print it, without its middle if it is very long."""
-    return shortened(jtu.keystr(path), 160)
-
-
-def shortened(text: str, length: int) -> str:
-    half = length // 2
-    return text if len(text) <= length else f"{text[:half]}...{text[-half:]}"
-
-
-def describe(x: Any) -> str:
-    """Says in a few words what was found somewhere in a tree."""
-    if x is None:
-        return "None"
-    if isinstance(x, (jax.Array, np.ndarray, np.generic)):
-        return f"{_a(x.dtype.name)} array of shape {x.shape}"
-    if isinstance(x, Encoded):
-        return f"{_a(type(x.codec).__name__)} moment of shape {x.shape}"
-    if isinstance(x, (bool, int, float, complex, str)):
-        return f"the {type(x).__name__} {shortened(repr(x), 40)}"
-    if isinstance(x, type):
-        return f"the class `{shortened(x.__name__, 60)}`"
-    if is_leaf(x) and callable(x):
-        name = getattr(x, "__name__", type(x).__name__)
-        return f"the function `{shortened(name, 60)}`"
-    if isinstance(x, dict):
-        keys = ", ".join(shortened(repr(key), 30) for key in list(x)[:4])
-        return f"a dict with the keys {keys}{', ...' if len(x) > 4 else ''}"
-    if type(x) in (list, tuple):
-        return f"a {type(x).__name__} of length {len(x)}"
-    return _a(f"`{shortened(type(x).__name__, 60)}`")
-
-
-def contrast(found: Any, expected: Any) -> tuple[str, str]:
-    """Describes two things that differ such that one sees in what."""
-    if isinstance(found, dict) and isinstance(expected, dict):
-        for key in expected:
-            if key not in found:
-                text = shortened(repr(key), 30)
-                return f"a dict without the key {text}", "one with it"
-        for key in found:
-            if key not in expected:
-                text = shortened(repr(key), 30)
-                return f"a dict with the key {text}", "one without it"
-    if describe(found) != describe(expected):
-        return describe(found), describe(expected)
-    sizes = len(children(found)[0]), len(children(expected)[0])
-    if sizes[0] != sizes[1]:
-        return f"{describe(found)} with {sizes[0]} children", f"one with {sizes[1]}"
-    return describe(found), "one with other static fields"
-
-
-def _a(noun: str) -> str:
-    return f"{'an' if noun.strip('`')[0] in 'AEIOUaeiou' else 'a'} {noun}"
-
-
-def paired_leaves(tree: Any, reference: Any) -> Iterable[tuple[Path, Any, Any]]:
-    """The leaves of two trees with their paths. Where the trees differ in structure,
-    the outermost nodes that do so stand for what is below them."""
-    if structure(tree) != structure(reference):
-        return _pairs_by_key(tree, reference)
-    pairs = zip(leaves_with_path(tree), leaves_with_path(reference), strict=True)
-    return ((path, a, b) for (path, a), (_, b) in pairs)
-
-
-def _pairs_by_key(
-    tree: Any, reference: Any, path: Path = ()
-) -> Iterator[tuple[Path, Any, Any]]:
-    if is_leaf(tree) or is_leaf(reference) or not _same_keys(tree, reference):
-        yield path, tree, reference
-        return
-    pairs = zip(children(tree)[0], children(reference)[0], strict=True)
-    for (key, a), (_, b) in pairs:
-        yield from _pairs_by_key(a, b, path + key)
-
-
-def _same_keys(a: Any, b: Any) -> bool:
-    keys_a, keys_b = ([key for key, _ in children(node)[0]] for node in (a, b))
-    return type(a) is type(b) and keys_a == keys_b
-
-
-def static_mismatch(tree: Any, reference: Any, path: Path = ()) -> Path | None:
-    """The path of the first nodes that differ in what is no leaf: in static fields."""
-    if is_leaf(tree) or is_leaf(reference) or structure(tree) == structure(reference):
-        return None
-    (items, treedef), (reference_items, reference_def) = map(
-        children, (tree, reference)
-    )
-    if treedef != reference_def:
-        return path
-    pairs = zip(items, reference_items, strict=True)
-    found = (static_mismatch(a, b, path + key) for (key, a), (_, b) in pairs)
-    return next((x for x in found if x is not None), None)
+from ._filters import Leaf, Selection
+from ._numerics import DType, complex_dtype, real_dtype
+from ._paths import (
+    Departure,
+    Leaves,
+    Node,
+    Path,
+    align,
+    contrast,
+    describe,
+    is_entry,
+    is_leaf,
+    leaves_with_path,
+    path_text,
+    with_article,
+)
+from ._state import AbstractMomentState
+from ._storage.codec import Stored, Struct, misfit
+from ._storage.format import Moments, StateFormat, codecs
 
 
 #
-# Checks
+# Arguments as a whole
 #
 
 
-def check_optimizer(optim: Any, cls: type) -> None:
+def check_optimizer(optim: object, cls: type) -> None:
     if hasattr(optim, "optim") and not isinstance(optim, cls):
         raise TypeError(
-            f"`optim` is {describe(optim)}, which wraps an optimizer, but that itself "
-            "was expected. Pass `optim.optim`, and with it `state.inner_state`."
+            f"`optim` is {describe(optim)}, which wraps an optimizer, but the wrapped "
+            "optimizer itself was expected. Pass `optim.optim`, and with it "
+            "`state.inner_state`."
         )
     if not isinstance(optim, cls):
         raise TypeError(
             f"`optim` is {describe(optim)}, but an optimizer of this package was "
-            "expected. Mind the order of arguments: `init(optim, params)`, "
+            "expected. Check the order of the arguments: `init(optim, params)`, "
             "`update(optim, grads, state, params)`. An optax optimizer has its own "
             "methods `init` and `update`."
         )
 
 
-def check_state_type(state: Any, grads: Any, cls: type) -> None:
+def check_supported(optim: object, cls: type, all_optimizers: type) -> None:
+    """Checks the argument of a function that supports only one of our optimizers."""
+    check_optimizer(optim, all_optimizers)
+    if not isinstance(optim, cls):
+        raise TypeError(
+            f"`optim` is {describe(optim)}, but this function supports only "
+            f"{with_article(f'`{cls.__name__}`')}. Pass one of those."
+        )
+
+
+def check_state_type(state: object, grads: PyTree, cls: type) -> None:
     if isinstance(grads, cls):
         raise TypeError(
             f"`grads` is {describe(grads)}: were `grads` and `state` swapped? The "
             "order is `update(optim, grads, state, params)`."
         )
     if not isinstance(state, cls):
-        expected = _a(f"`{cls.__name__}`")
+        expected = with_article(f"`{cls.__name__}`")
         raise TypeError(
             f"`state` is {describe(state)}, but {expected} was expected, as "
             "`init` of this optimizer returns. Was it made by another optimizer?"
         )
 
 
-def check_counter(name: str, count: Any) -> None:
+def check_counter(name: str, count: object) -> None:
     shape, dtype = getattr(count, "shape", None), getattr(count, "dtype", None)
     if shape != () or dtype != jnp.int32:
         raise ValueError(
             f"state.{name} is {describe(count)}, but an int32 array of shape () was "
-            "expected. A batched state needs `eqx.filter_vmap(update)`; otherwise pass "
-            "on the state as `init` or the last `update` returned it."
+            "expected. A batched state needs `eqx.filter_vmap(update)`. Otherwise, "
+            "pass on the state as `init` or the last `update` returned it."
         )
 
 
-def check_alive(name: str, tree: Any) -> None:
+def _check_weight(name: str, weight: object) -> None:
+    shape, dtype = getattr(weight, "shape", None), getattr(weight, "dtype", None)
+    if shape != () or dtype not in (jnp.float32, jnp.float64):
+        raise ValueError(
+            f"state.{name} is {describe(weight)}, but a float32 or float64 array of "
+            "shape () was expected. A batched state needs `eqx.filter_vmap(update)`. "
+            "Otherwise, pass on the state as `init` or the last `update` returned it."
+        )
+
+
+def check_alive(name: str, tree: PyTree) -> None:
     for path, leaf in jtu.tree_leaves_with_path(tree):
-        concrete = isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer)
-        if concrete and leaf.is_deleted():
+        _check_alive(name, path, leaf)
+
+
+def _check_alive(name: str, path: Path, leaf: Node) -> None:
+    concrete = isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer)
+    if concrete and leaf.is_deleted():
+        raise ValueError(
+            f"{name}{path_text(path)} has been deleted: its buffer was donated to an "
+            "earlier jitted call. Use the value that this call returned instead, or do "
+            "not donate it."
+        )
+
+
+def check_not_empty(params: PyTree, trained: Leaves) -> None:
+    # A tree without leaves is legal: optax wrappers probe with such trees.
+    if any(x is not None for x in trained.values) or not jtu.tree_leaves(params):
+        return
+    if any(eqx.is_inexact_array(x) for x in jtu.tree_leaves(params)):
+        raise ValueError(
+            "`trainable` selects none of the arrays of `params`, so there is nothing "
+            "to train. It must be True for at least one floating-point or complex "
+            "array."
+        )
+    raise ValueError(
+        f"`params` has {len(jtu.tree_leaves(params))} leaves, but none of them is a "
+        "floating-point or complex array, so there is nothing to train. The order of "
+        "arguments is `init(optim, params)`. Convert Python numbers to arrays."
+    )
+
+
+def check_params_given(has_decay: bool, params: PyTree | None) -> None:
+    if has_decay and params is None:
+        raise ValueError(
+            "`params` is missing, but `weight_decay` is on and needs the parameters. "
+            "Call `update(optim, grads, state, params)`."
+        )
+
+
+#
+# The one pass of `update`
+#
+
+
+def check_step(
+    selection: Selection,
+    state: AbstractMomentState[Any],
+    fmt: StateFormat,
+    *,
+    has_m1: bool,
+    has_params: bool,
+) -> None:
+    """Checks that all trees of an `update` fit together, leaf by leaf."""
+    names, base = state.names, "params" if has_params else "grads"
+    for name in state.counters:
+        check_counter(name, getattr(state, name))
+    for name in state.weights:
+        _check_weight(name, getattr(state, name))
+    check_alive("state", state)
+    _check_departures(selection, names, base, has_m1)
+    for leaf in selection.leaves:
+        _check_moments(leaf, names, has_m1)
+        check_gradient(leaf.path, leaf.grad)
+        _check_trained(leaf, base)
+        _check_gradient_fits(leaf)
+        _check_stored(leaf, names, fmt, has_params)
+    _check_static("grads", selection.grads, "the optimizer state")
+    _check_static(base, selection.trained, "the optimizer state")
+
+
+def _check_departures(
+    selection: Selection, names: Moments[str], base: str, has_m1: bool
+) -> None:
+    for path, nu, m2, is_static in selection.nu:
+        if is_static:
+            _raise_moments_static(names.m2, path, names.nu)
+        _raise_moments_differ(names.m2, path, m2, names.nu, nu)
+    for path, m1, m2, is_static in selection.m1 if names.m1 else ():
+        if not has_m1:
+            _raise_unwanted_m1(path, m1)
+        if is_static:
+            _raise_moments_static(names.m1, path, names.m2)
+        _raise_moments_differ(names.m1, path, m1, names.m2, m2)
+    for departure in selection.grads:
+        for path, x in leaves_with_path(departure.found):
+            check_gradient(departure.path + path, x)
+    check_departures(base, selection.trained, keep_extra=False)
+    check_departures("grads", selection.grads, keep_extra=True)
+
+
+def check_departures(
+    name: str,
+    departures: list[Departure],
+    other: str = "the optimizer state",
+    *,
+    keep_extra: bool,
+) -> None:
+    """Checks where a tree is built differently than another one: legal only where that
+    has no arrays, and (except with `keep_extra`) it has none either."""
+    for path, found, expected, is_static in departures:
+        is_extra = keep_extra or not jtu.tree_leaves(found)
+        if is_static or (is_extra and not jtu.tree_leaves(expected)):
+            continue
+        _check_leaf(f"{name}{path_text(path)}", found, other, expected)
+
+
+def _check_static(name: str, departures: list[Departure], other: str) -> None:
+    for path, _, _, is_static in departures:
+        if is_static:
             raise ValueError(
-                f"{name}{path_text(path)} has been deleted: its buffer was donated to "
-                "an earlier jitted call. Use the value that this call returned in its "
-                "place, or do not donate it."
+                f"{name}{path_text(path)} has other static fields than {other} has "
+                "there, though their arrays fit together. Was `init` called with "
+                "another model? Make the state with the model that is trained."
             )
 
 
-def as_gradients(grads: Any) -> Any:
-    """The gradients' inexact arrays, with `None` elsewhere. Anything that no gradient
-    can be is an error."""
-    return jtu.tree_map_with_path(_as_gradient, grads)
+def _check_moments(leaf: Leaf, names: Moments[str], has_m1: bool) -> None:
+    m1, m2, nu = leaf.moments
+    _check_alike(names.m2, leaf.path, m2, names.nu, nu)
+    if has_m1:
+        _check_alike(names.m1, leaf.path, m1, names.m2, m2)
+    elif m1 is not None:
+        _raise_unwanted_m1(leaf.path, m1)
 
 
-def _as_gradient(path: Path, leaf: Any) -> Any:
-    if eqx.is_inexact_array(leaf):
-        return jnp.asarray(leaf)
-    if getattr(leaf, "dtype", None) == jax.dtypes.float0:
-        return None  # what `jax.grad(..., allow_int=True)` returns for integers
+def _check_alike(
+    name: str | None, path: Path, x: Node, other: str | None, y: Node
+) -> None:
+    are_arrays = all(is_entry(moment) or eqx.is_array(moment) for moment in (x, y))
+    shapes = [getattr(moment, "shape", None) for moment in (x, y)]
+    if not are_arrays or shapes[0] != shapes[1]:
+        _raise_moments_differ(name, path, x, other, y)
+
+
+def _raise_moments_differ(
+    name: str | None, path: Path, x: Node, other: str | None, y: Node
+) -> NoReturn:
+    raise ValueError(
+        f"state.{name}{path_text(path)} is {describe(x)}, but state.{other} has "
+        f"{describe(y)} there: the moments of one parameter are arrays of one shape. "
+        "Pass on the state as `init` of this optimizer or the last `update` returned "
+        "it."
+    )
+
+
+def _raise_moments_static(name: str | None, path: Path, other: str | None) -> NoReturn:
+    raise ValueError(
+        f"state.{name}{path_text(path)} has other static fields than state.{other} has "
+        "there. Pass on the state as `init` of this optimizer or the last `update` "
+        "returned it."
+    )
+
+
+def _raise_unwanted_m1(path: Path, m1: Node) -> NoReturn:
+    for key, leaf in leaves_with_path(m1):
+        if leaf is not None:
+            raise ValueError(
+                f"state.m1{path_text(path + key)} holds a moment, but an optimizer "
+                "with `b1=0` stores no `m1`. Was `init` called with another optimizer?"
+            )
+    raise ValueError(
+        f"state.m1 is {describe(m1)}, but with `b1=0` it has the structure of state.m2 "
+        "with None at every leaf. Pass on the state as `init` of this optimizer or the "
+        "last `update` returned it."
+    )
+
+
+def check_gradient(path: Path, leaf: Node) -> None:
+    if leaf is None or eqx.is_inexact_array(leaf):
+        _check_alive("grads", path, leaf)
+        return
     raise TypeError(
         f"grads{path_text(path)} is {describe(leaf)}, but a gradient is an array of a "
         "floating-point or complex dtype, or None. Was the model passed as the "
@@ -240,46 +279,41 @@ def _as_gradient(path: Path, leaf: Any) -> Any:
     )
 
 
-def check_against_state(
-    name: str,
-    tree: Any,
-    reference: Any,
-    *,
-    other: str = "the optimizer state",
-    whole: Any = None,
-    keep_extra: bool = False,
-    complex_too: bool = True,
+def _check_trained(leaf: Leaf, base: str) -> None:
+    moment, found = leaf.moments.m2, leaf.trained
+    _check_alive("params", leaf.path, leaf.param)
+    if moment is None and found is None:
+        return
+    where = f"{base}{path_text(leaf.path)}"
+    if found is None and not eqx.is_inexact_array(leaf.param):
+        found = leaf.param  # to say what is there instead of an array
+    check_leaf(where, found, "the optimizer state", moment)
+
+
+def _check_gradient_fits(leaf: Leaf) -> None:
+    if leaf.moments.m2 is None:
+        return  # a gradient of a leaf that is not trained is ignored
+    where = f"grads{path_text(leaf.path)}"
+    check_leaf(where, leaf.grad, "the optimizer state", leaf.moments.m2)
+
+
+def check_leaf(
+    where: str, leaf: Node, other: str, moment: Stored | None, complex_too: bool = True
 ) -> None:
-    """Checks a tree of arrays leaf by leaf against a tree of moments: an array wherever
-    that has one (and, but for `keep_extra`, nowhere else), of the same shape, and
-    complex for complex. `whole` is the tree before it was filtered."""
-    for path, leaf, moment in paired_leaves(tree, reference):
-        no_moments = not jtu.tree_leaves(moment)
-        if no_moments and (keep_extra or not jtu.tree_leaves(leaf)):
-            continue
-        where = f"{name}{path_text(path)}"
-        if leaf is None and whole is not None:
-            unfiltered = dict(leaves_with_path(whole)).get(path)
-            leaf = None if eqx.is_inexact_array(unfiltered) else unfiltered
-        _check_leaf(where, leaf, other, moment)
-        if complex_too:
-            _check_complex(where, leaf, other, moment)
-    path = static_mismatch(tree, reference)
-    if path is not None:
-        raise ValueError(
-            f"{name}{path_text(path)} has other static fields than {other} has there, "
-            "though their arrays fit together. Was `init` called with another model? "
-            "Make the state with the model that is trained."
-        )
+    """Checks a leaf against a moment: an array if that is one, of the same shape, and
+    complex for complex."""
+    _check_leaf(where, leaf, other, moment)
+    if complex_too and moment is not None:
+        _check_complex(where, leaf, other, moment)
 
 
-def _check_leaf(where: str, leaf: Any, other: str, moment: Any) -> None:
+def _check_leaf(where: str, leaf: Node, other: str, moment: Node) -> None:
     is_array = eqx.is_inexact_array(leaf)
     if leaf is None:
         raise ValueError(
             f"{where} is None, but {other} has {describe(moment)} there. Every leaf "
-            "that `init` saw as trained needs one: was it filtered out, or has "
-            "`trainable` changed since `init`?"
+            "that was trained when `init` was called needs an array: was it filtered "
+            "out, or has `trainable` changed since then?"
         )
     if moment is None and is_array:
         raise ValueError(
@@ -299,74 +333,81 @@ def _check_leaf(where: str, leaf: Any, other: str, moment: Any) -> None:
         )
 
 
-def _check_complex(where: str, leaf: Any, other: str, moment: Any) -> None:
-    is_complex = [jnp.issubdtype(x.dtype, np.complexfloating) for x in (leaf, moment)]
+def _check_complex(where: str, leaf: Array, other: str, moment: Stored) -> None:
+    is_complex = [x.dtype.kind == "c" for x in (leaf, moment)]
     if is_complex[0] != is_complex[1]:
         kind = "complex" if is_complex[1] else "real"
         raise TypeError(
             f"{where} has dtype {leaf.dtype}, but {other} is for a {kind} parameter "
-            "there. Was `init` called with another model? Else take the real part, or "
-            "make the parameter complex."
+            "there. Was `init` called with another model? If not, take the real part, "
+            "or make the parameter complex."
         )
 
 
-def aligned(tree: Any, reference: Any) -> Any:
-    """A checked tree in the structure of a tree of moments, with its leaves only where
-    that has some."""
-    leaves = dict(leaves_with_path(tree))
-    return jtu.tree_map_with_path(
-        lambda path, moment: None if moment is None else leaves[path],
-        reference,
-        is_leaf=is_entry,
-    )
-
-
-def on_device(tree: Any) -> Any:
-    """A tree with JAX arrays in place of NumPy's, for example after a checkpoint."""
-    is_numpy = lambda x: isinstance(x, (np.ndarray, np.generic))
-    return jax.tree.map(lambda x: jnp.asarray(x) if is_numpy(x) else x, tree)
-
-
-def check_moments(m1: Any, m2: Any, nu: Any, *, has_m1: bool) -> None:
-    """Checks that the three trees of moments agree with each other leaf by leaf."""
-    if not has_m1 and jtu.tree_leaves(m1):
-        path = next(path for path, leaf in leaves_with_path(m1) if leaf is not None)
+def _check_stored(
+    leaf: Leaf, names: Moments[str], fmt: StateFormat, has_params: bool
+) -> None:
+    """Checks how the moments are stored. Without the parameters only their shapes are
+    known: the gradients may be narrower or wider."""
+    if leaf.moments.m2 is None or leaf.trained is None:
+        return
+    x = leaf.trained
+    dtypes = [x.dtype] if has_params else _precisions(x.dtype)
+    found = [_first_misfit(leaf, fmt, Struct(x.shape, dtype)) for dtype in dtypes]
+    wrong = [misfit for misfit in found if misfit is not None]
+    if len(wrong) == len(dtypes):
+        place, kind, expected = wrong[0]
         raise ValueError(
-            f"state.m1{path_text(path)} holds a moment, but an optimizer with `b1=0` "
-            "stores no `m1`. Was `init` called with another optimizer?"
-        )
-    _check_moment("m2", m2, "nu", nu)
-    if has_m1:
-        _check_moment("m1", m1, "m2", m2)
-    elif structure(m1) != structure(m2):
-        raise ValueError(
-            f"state.m1 is {describe(m1)}, but with `b1=0` it has the structure of "
-            "state.m2 with None at every leaf. Pass on the state as `init` of this "
-            "optimizer or the last `update` returned it."
+            f"state.{names[place]}{path_text(leaf.path)} is stored as {kind}, but "
+            f"{expected} was expected for this parameter and `state_format`. Pass on "
+            "the state as `init` of this optimizer or the last `update` returned it."
         )
 
 
-def _check_moment(name: str, tree: Any, other: str, reference: Any) -> None:
-    for path, leaf, moment in paired_leaves(tree, reference):
-        are_arrays = all(is_entry(x) or eqx.is_array(x) for x in (leaf, moment))
-        shapes = [getattr(x, "shape", None) for x in (leaf, moment)]
-        if not are_arrays or shapes[0] != shapes[1]:
-            _raise_moments_differ(name, leaf, other, moment, path)
-    path = static_mismatch(tree, reference)
-    if path is not None:
-        raise ValueError(
-            f"state.{name}{path_text(path)} has other static fields than state.{other} "
-            "has there. Pass on the state as `init` of this optimizer or the last "
-            "`update` returned it."
-        )
+def _precisions(dtype: DType) -> list[DType]:
+    real = [np.dtype(np.float32), np.dtype(np.float64)]
+    return [complex_dtype(x) for x in real] if dtype.kind == "c" else real
 
 
-def _raise_moments_differ(
-    name: str, leaf: Any, other: str, moment: Any, path: Path
-) -> typing.NoReturn:
-    found, expected = describe(leaf), describe(moment)
-    raise ValueError(
-        f"state.{name}{path_text(path)} is {found}, but state.{other} has {expected} "
-        "there: the moments of one parameter are arrays of one shape. Pass on the "
-        "state as `init` of this optimizer or the last `update` returned it."
-    )
+def _first_misfit(
+    leaf: Leaf, fmt: StateFormat, param: Struct
+) -> tuple[int, str, str] | None:
+    """The first moment that is stored differently than expected: its place among the
+    moments, how it is stored, and how it should be."""
+    real = Struct(param.shape, real_dtype(param.dtype))
+    expected = codecs(fmt, param.shape)
+    for place, (stored, codec) in enumerate(zip(leaf.moments, expected, strict=True)):
+        if stored is None:
+            continue
+        wrong = misfit(stored, codec, real if place == 2 else param)
+        if wrong is not None:
+            return place, *wrong
+    return None
+
+
+#
+# Trees of moments on their own
+#
+
+
+def checked_leaves(
+    name: str,
+    tree: PyTree,
+    like: Leaves,
+    *,
+    other: str,
+    keep_extra: bool = False,
+    complex_too: bool = True,
+) -> list[Array | None]:
+    """The leaves of a tree of arrays in the order of a tree of moments, once it is
+    known that they fit: an array wherever that has one (and, except with `keep_extra`,
+    nowhere else), of the same shape, and complex for complex."""
+    values, departures = align(tree, like)
+    check_departures(name, departures, other, keep_extra=keep_extra)
+    for path, leaf, moment in zip(like.paths, values, like.values, strict=True):
+        if moment is None and (keep_extra or leaf is None):
+            continue
+        check_leaf(f"{name}{path_text(path)}", leaf, other, moment, complex_too)
+    _check_static(name, departures, other)
+    pairs = zip(values, like.values, strict=True)
+    return [None if moment is None else x for x, moment in pairs]

@@ -2,23 +2,27 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Real
 
-from ._checks import describe
+from ._numerics import Decay, DType
+from ._paths import describe
 
 
+# What a schedule returns is checked when it is called.
 Schedule: TypeAlias = Callable[..., Any]
+Scalar: TypeAlias = Float[Array, ""]
 HyperParam: TypeAlias = float | Float[Array, ""]
 HyperParamOrSchedule: TypeAlias = HyperParam | Schedule
 # What is accepted for them.
 HyperParamLike: TypeAlias = (
-    float | np.number[Any] | Real[Array, ""] | Real[np.ndarray, ""]
+    int | float | np.number[Any] | Real[Array, ""] | Real[np.ndarray, ""]
 )
 HyperParamLikeOrSchedule: TypeAlias = HyperParamLike | Schedule
 
@@ -35,7 +39,7 @@ non_negative = Domain(lambda x: 0 <= x < np.inf, "a finite number >= 0")
 decay = Domain(lambda x: 0 <= x < 1, "a number in [0, 1)")
 
 
-def wide(x: Any) -> Array:
+def wide(x: jax.typing.ArrayLike) -> Array:
     """`x` in the widest float that is enabled, with a strong type."""
     return jnp.asarray(x).astype(float)
 
@@ -45,22 +49,18 @@ def is_zero(value: HyperParam) -> bool:
     return not isinstance(value, Tracer) and float(value) == 0
 
 
-def is_schedule(value: Any) -> bool:
-    return callable(value)
-
-
-def hyperparam(name: str, value: Any, domain: Domain) -> Any:
-    """Checks a hyperparameter and makes it a Python float (static under `filter_jit`)
-    or a 0-d array of the default float (traced)."""
-    check_real_scalar(name, value, domain.text)
+def hyperparam(name: str, given: object, domain: Domain) -> HyperParam:
+    """Checks a hyperparameter and converts it to a Python float (static under
+    `filter_jit`) or to a 0-d array of the default float (traced)."""
+    value = real_scalar(name, given, domain.text)
     if domain is decay:
         _check_precision(name, value)
     if isinstance(value, Tracer):
         return wide(value)
     is_array = isinstance(value, (np.ndarray, jax.Array))
     number, used = _number(value), _number(value, jnp.result_type(float))
-    # What counts is the value as it will be used: 1e39 is infinite in float32, and
-    # 1 - 1e-9 is 1. But of a Python number for a decay, `1 - decay` is used.
+    # What matters is the value as it will be used: 1e39 is infinite in float32, and an
+    # array 1 - 1e-9 is 1. But a decay that is a Python number is used as `1 - decay`.
     if not domain.contains(number if domain is decay and not is_array else used):
         is_rounding = domain.contains(number)
         as_used = f" ({used} in {jnp.result_type(float)})" if is_rounding else ""
@@ -71,50 +71,45 @@ def hyperparam(name: str, value: Any, domain: Domain) -> Any:
     return wide(value) if is_array else number
 
 
-def _number(value: Any, dtype: Any = np.float64) -> float:
+def _number(value: HyperParamLike, dtype: DType | None = None) -> float:
     with np.errstate(over="ignore"):
         try:
-            return float(np.asarray(value, np.float64).astype(dtype))
+            return float(np.asarray(value, np.float64).astype(dtype or np.float64))
         except OverflowError:  # of a Python int
             return math.inf
 
 
-def hyperparam_or_schedule(name: str, value: Any, domain: Domain) -> Any:
-    return value if is_schedule(value) else hyperparam(name, value, domain)
+def hyperparam_or_schedule(
+    name: str, value: object, domain: Domain
+) -> HyperParamOrSchedule:
+    return value if callable(value) else hyperparam(name, value, domain)
 
 
-def resolve(name: str, value: Any, count: Array) -> Float[Array, ""]:
+def resolve(name: str, value: object, count: Array) -> Scalar:
     """The value of a hyperparameter at a counter: a 0-d array of the widest float."""
-    out = value(count) if is_schedule(value) else value
-    check_real_scalar(f"{name}(count)" if is_schedule(value) else name, out)
-    return wide(out)
+    name, out = _at(name, value, count)
+    return wide(real_scalar(name, out))
 
 
-def resolve_complement(name: str, value: Any, count: Array) -> Float[Array, ""]:
-    """`1 - value` for a decay, from the widest numbers there are: cancellation would
-    cost `1 - 0.999999` all but one of its digits in float32."""
-    if hasattr(value, "complement"):
-        return resolve(f"{name}.complement", value.complement, count)
-    out = value(count) if is_schedule(value) else value
-    if isinstance(out, float):
-        return wide(1.0 - out)
-    return 1.0 - _resolved_decay(name, value, out)
+def _at(name: str, value: object, count: Array) -> tuple[str, object]:
+    """What a schedule returns, and what to call it in an error."""
+    return (f"{name}(count)", value(count)) if callable(value) else (name, value)
 
 
-def resolve_decay(name: str, value: Any, count: Array) -> Float[Array, ""]:
-    """As `resolve`, for a decay, which must not have been rounded to 16 bits."""
-    return _resolved_decay(name, value, value(count) if is_schedule(value) else value)
+def resolve_decay(name: str, value: object, count: Array) -> tuple[Scalar, Scalar]:
+    """A decay at a counter, and `1 - decay` from the widest numbers there are:
+    cancellation would cost `1 - 0.999999` all but one of its digits in float32."""
+    place, given = _at(name, value, count)
+    _check_precision(place, given)
+    out = real_scalar(place, given)
+    complement = getattr(value, "complement", None)
+    if complement is not None:
+        return wide(out), resolve(f"{name}.complement", complement, count)
+    return wide(out), wide(1.0 - out if isinstance(out, float) else 1.0 - wide(out))
 
 
-def _resolved_decay(name: str, value: Any, out: Any) -> Float[Array, ""]:
-    name = f"{name}(count)" if is_schedule(value) else name
-    _check_precision(name, out)
-    check_real_scalar(name, out)
-    return wide(out)
-
-
-def decay_complement(name: str, value: Any) -> Float[Array, ""]:
-    """`1 - value` for a decay that a caller gives as it is, checked."""
+def decay_complement(name: str, value: object) -> Scalar:
+    """`1 - value` for a decay that a caller passes directly, checked."""
     checked = hyperparam(name, value, decay)
     return wide(1.0 - checked if isinstance(checked, float) else 1.0 - wide(checked))
 
@@ -122,7 +117,10 @@ def decay_complement(name: str, value: Any) -> Float[Array, ""]:
 _REAL = (int, float, np.integer, np.floating, np.ndarray, jax.Array)
 
 
-def check_real_scalar(name: str, value: Any, expected: str = "a real number") -> None:
+def real_scalar(
+    name: str, value: object, expected: str = "a real number"
+) -> HyperParamLike:
+    """The value, once it is known to be a real number or an array that holds one."""
     is_bool = isinstance(value, (bool, np.bool_))
     if is_bool or not isinstance(value, _REAL):
         raise TypeError(
@@ -130,7 +128,7 @@ def check_real_scalar(name: str, value: Any, expected: str = "a real number") ->
             "number or an array of shape ()."
         )
     if not isinstance(value, (np.ndarray, jax.Array)):
-        return
+        return value
     if value.shape != ():
         raise ValueError(
             f"`{name}` has shape {value.shape}, but a scalar was expected. For a "
@@ -141,9 +139,10 @@ def check_real_scalar(name: str, value: Any, expected: str = "a real number") ->
             f"`{name}` has dtype {value.dtype}, but a real number was expected: pass a "
             "floating-point array."
         )
+    return value
 
 
-def _check_precision(name: str, value: Any) -> None:
+def _check_precision(name: str, value: object) -> None:
     dtype = getattr(value, "dtype", None)
     is_float = dtype is not None and jnp.issubdtype(dtype, jnp.floating)
     if is_float and jnp.finfo(dtype).bits < 32:
@@ -152,3 +151,115 @@ def _check_precision(name: str, value: Any) -> None:
             f"0.9999 rounds to 1 in {dtype}. Pass a Python float or a float32 array "
             "(in `optax.inject_hyperparams`, set `hyperparam_dtype=jnp.float32`)."
         )
+
+
+def check_schedule(name: str, value: HyperParamOrSchedule, wrong: type) -> None:
+    if isinstance(value, wrong):
+        raise TypeError(
+            f"`{name}` is {describe(value)}, which is a schedule for another "
+            "hyperparameter. Were two schedules swapped?"
+        )
+
+
+def check_eps(eps: HyperParam, eps_root: HyperParam) -> None:
+    if is_zero(eps) and is_zero(eps_root):
+        raise ValueError(
+            "`eps` and `eps_root` are both 0, but one must be positive: a zero "
+            "gradient would give 0/0. The default is `eps=1e-8`."
+        )
+
+
+def checked_flag(name: str, value: object) -> bool:
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(
+            f"`{name}` is {describe(value)}, but a bool was expected. Pass True or "
+            "False."
+        )
+    return bool(value)
+
+
+def check_one_divisor(bias_correct_m1: bool, normalize: bool) -> None:
+    if bias_correct_m1 and normalize:
+        raise ValueError(
+            "`bias_correct_m1` and `normalize` are both true, but each divides the "
+            "momentum by its own number. Choose one of them."
+        )
+
+
+#
+# Resolved
+#
+
+
+class AbstractHyperparams(eqx.Module):
+    """The hyperparameters of an optimizer at a step. Public fields are those that a
+    user sets. Private fields are derived from them, and are what the rule uses."""
+
+    learning_rate: eqx.AbstractVar[Scalar]
+    weight_decay: eqx.AbstractVar[Scalar]
+    _eps: eqx.AbstractVar[Scalar]
+
+
+H = TypeVar("H", bound=AbstractHyperparams)
+
+
+def in_dtype(h: H, real: DType) -> H:
+    """Resolved hyperparameters in the dtype in which a leaf is computed."""
+    h = jax.tree.map(lambda x: x.astype(real), h)
+    # An `eps` that is 0 in this dtype must not turn a zero gradient into 0/0.
+    eps = lambda h: h._eps
+    return eqx.tree_at(eps, h, jnp.maximum(eps(h), jnp.finfo(real).tiny))
+
+
+def public_part(h: H) -> H:
+    """Resolved hyperparameters without the derived values."""
+    public = object.__new__(type(h))
+    for name, value in vars(h).items():
+        if not name.startswith("_"):
+            # A module is frozen after `__init__`, which would want all fields.
+            object.__setattr__(public, name, value)
+    return public
+
+
+class Hyperparams(AbstractHyperparams):
+    """What [`eqx_ademamix.hyperparams`][] returns for an [`eqx_ademamix.AdEMAMix`][].
+
+    **Attributes:** `learning_rate`, `b1`, `b2`, `b3`, `alpha`, `weight_decay`: arrays
+    of shape `()` in the default float.
+    """
+
+    learning_rate: Scalar
+    b1: Scalar
+    b2: Scalar
+    b3: Scalar
+    alpha: Scalar
+    weight_decay: Scalar
+    _decay1: Decay = eqx.field(repr=False)
+    _decay2: Decay = eqx.field(repr=False)
+    _decay3: Decay = eqx.field(repr=False)
+    _bias1: Scalar = eqx.field(repr=False)  # 1 - b1^t
+    _bias2: Scalar = eqx.field(repr=False)  # 1 - b2^t
+    _eps: Scalar = eqx.field(repr=False)
+    _eps_root: Scalar = eqx.field(repr=False)
+
+
+class SimplifiedHyperparams(AbstractHyperparams):
+    """What [`eqx_ademamix.hyperparams`][] returns for an
+    [`eqx_ademamix.SimplifiedAdEMAMix`][].
+
+    **Attributes:** `learning_rate`, `b1`, `b2`, `alpha`, `weight_decay`: arrays of
+    shape `()` in the default float.
+    """
+
+    learning_rate: Scalar
+    b1: Scalar
+    b2: Scalar
+    alpha: Scalar
+    weight_decay: Scalar
+    _decay1: Decay = eqx.field(repr=False)
+    _decay2: Decay = eqx.field(repr=False)
+    _bias2: Scalar = eqx.field(repr=False)  # 1 - b2^t
+    _num: Scalar = eqx.field(repr=False)  # after this step
+    _divisor: Scalar = eqx.field(repr=False)  # of alpha g + m
+    _eps: Scalar = eqx.field(repr=False)
+    _eps_root: Scalar = eqx.field(repr=False)

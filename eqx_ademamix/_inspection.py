@@ -1,33 +1,89 @@
-"""What a state holds, and what it costs."""
+"""What a state holds, what it costs, and where it is inside of another one."""
 
 import math
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
-from ._ademamix import AdEMAMixState
-from ._checks import describe, leaves_with_path, no_type_check, on_device
-from ._encoded import Encoded, is_encoded
-from ._formats import decode
+from ._checks import check_alive, check_optimizer, check_state_type
+from ._hyperparams import H, public_part
+from ._paths import (
+    Node,
+    Path,
+    children,
+    describe,
+    is_leaf,
+    leaves_with_path,
+    on_device,
+    shortened,
+)
+from ._state import AbstractMomentState, S
+from ._step import AbstractMomentOptimizer
+from ._storage.codec import Encoded, Stored, Struct, decode, is_encoded
+from ._storage.format import Moments
+from ._typing import no_type_check
 
 
 State = TypeVar("State")
 
 
 @no_type_check
-def decoded(state: State) -> State:
-    """The same state with its moments as arrays: to read, plot or convert it.
+def hyperparams(optim: AbstractMomentOptimizer[S, H], state: S) -> H:
+    """The hyperparameters as the next `update` will use them, with schedules resolved
+    at the state's counters. Works inside and outside of `jit`.
 
     **Arguments:**
 
-    - `state`: an [`eqx_ademamix.AdEMAMixState`][], or any tree that contains some.
+    - `optim`: an [`eqx_ademamix.AdEMAMix`][] or [`eqx_ademamix.SimplifiedAdEMAMix`][].
+    - `state`: its state.
 
     **Returns:**
 
-    The tree with a float32 (or complex64) array in the place of each encoded moment.
-    Whatever is stored as a dtype stays as it is, and shares its buffer with `state`.
+    An [`eqx_ademamix.Hyperparams`][] or [`eqx_ademamix.SimplifiedHyperparams`][], whose
+    fields are arrays of shape `()` in the default float.
+
+    **Raises:**
+
+    - `ValueError` or `TypeError`: if the state does not belong to the optimizer.
+
+    !!! Example
+
+        ```python
+        import jax.numpy as jnp
+        import eqx_ademamix
+
+        optim = eqx_ademamix.AdEMAMix(
+            1e-3, alpha=eqx_ademamix.alpha_scheduler(8.0, warmup=100)
+        )
+        state = eqx_ademamix.init(optim, jnp.zeros(3))
+        assert eqx_ademamix.hyperparams(optim, state).alpha == 0.0
+        ```
+    """
+    check_optimizer(optim, AbstractMomentOptimizer)
+    check_state_type(state, None, optim.state_type)
+    for name, tree in {"optim": optim, "state": state}.items():
+        check_alive(name, tree)
+    return public_part(optim.resolve(on_device(state)))
+
+
+@no_type_check
+def decoded(state: State) -> State:
+    """The same state with its moments as arrays, so that you can read, plot or convert
+    them.
+
+    **Arguments:**
+
+    - `state`: the state of an optimizer, or any tree that contains states.
+
+    **Returns:**
+
+    The tree with a float32 (or complex64) array in place of each encoded moment.
+    Moments that are stored as a dtype stay as they are, and share their buffers with
+    `state`.
 
     !!! Example
 
@@ -41,7 +97,8 @@ def decoded(state: State) -> State:
         assert eqx_ademamix.decoded(state).m2.dtype == jnp.float32
         ```
     """
-    return jax.tree.map(decode, on_device(state), is_leaf=is_encoded)
+    of = lambda x: decode(x) if is_encoded(x) else x
+    return jax.tree.map(of, on_device(state), is_leaf=is_encoded)
 
 
 @no_type_check
@@ -50,13 +107,14 @@ def state_bytes(state: PyTree[Any]) -> int:
 
     **Arguments:**
 
-    - `state`: a state, or any tree of arrays. `jax.ShapeDtypeStruct` counts as the
+    - `state`: a state, or any tree of arrays. A `jax.ShapeDtypeStruct` counts as the
         array that it describes, so `eqx.filter_eval_shape(eqx_ademamix.init, optim,
-        model)` shows what a state will cost before it is made.
+        model)` shows what a state will take before it is made.
 
     **Returns:**
 
-    The sum of the arrays' sizes in bytes, over all devices if they are sharded.
+    The sum of the sizes of the arrays in bytes, over all devices if they are
+    sharded.
 
     !!! Example
 
@@ -77,22 +135,22 @@ def state_bytes(state: PyTree[Any]) -> int:
 
 @no_type_check
 def state_report(state: PyTree[Any]) -> str:
-    """Says how the moments of each parameter are stored, path by path, and what they
-    cost.
+    """Says how the moments of each parameter are stored, and how many bytes they take.
 
     **Arguments:**
 
-    - `state`: an [`eqx_ademamix.AdEMAMixState`][], or a tree that contains one. Its
-        leaves may be `jax.ShapeDtypeStruct`.
+    - `state`: an [`eqx_ademamix.AdEMAMixState`][] or
+        [`eqx_ademamix.SimplifiedAdEMAMixState`][], or a tree that contains one. Its
+        leaves may be `jax.ShapeDtypeStruct`s.
 
     **Returns:**
 
-    Text for a person to read: a line for each trained array with its path, its shape,
-    how `m1`, `m2` and `nu` are stored, and their bytes a parameter.
+    Text for a person to read. For each trained array, a line has its path, its shape,
+    how each moment is stored, and the bytes per parameter of all moments.
 
     **Raises:**
 
-    - `ValueError`: if there is no such state or several.
+    - `ValueError`: if there is no such state, or more than one.
 
     !!! Example
 
@@ -106,7 +164,7 @@ def state_report(state: PyTree[Any]) -> str:
         print(eqx_ademamix.state_report(eqx_ademamix.init(optim, params)))
         ```
         ```text
-        The state takes 68,812 bytes, 4.14 a parameter.
+        The state takes 68,812 bytes, 4.14 per parameter.
 
           path        shape      m1            m2             nu            bytes
           ['bias']    (256,)     float32       float32        float32       12.00
@@ -114,21 +172,30 @@ def state_report(state: PyTree[Any]) -> str:
         ```
     """
     total, state = state_bytes(state), _only_state(state)
-    m1, m2, nu = (leaves_with_path(tree) for tree in (state.m1, state.m2, state.nu))
-    places = [
-        place for place in zip(m2, m1, nu, strict=True) if place[0][1] is not None
-    ]
-    rows = [_row(path, a, b, c) for (path, b), (_, a), (_, c) in places]
-    size = sum(math.prod(m2.shape) for (_, m2), *_ in places)
-    rows = [("path", "shape", "m1", "m2", "nu", "bytes"), *rows]
-    widths = [max(len(row[i]) for row in rows) for i in range(6)]
+    shown = [i for i, name in enumerate(state.names) if name is not None]
+    head = ("path", "shape", *(str(state.names[i]) for i in shown), "bytes")
+    places = _places(state.moments)
+    rows = [head, *(_row(path, moments, shown) for path, moments in places)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     lines = [_line(row, widths) for row in rows]
-    average = f", {total / size:.2f} a parameter" if size else ""
+    size = sum(math.prod(moments.m2.shape) for _, moments in places)
+    average = f", {total / size:.2f} per parameter" if size else ""
     return "\n".join([f"The state takes {total:,} bytes{average}.", "", *lines])
 
 
-def _only_state(tree: Any) -> AdEMAMixState:
-    is_one = lambda x: isinstance(x, AdEMAMixState)
+def _places(moments: Moments[PyTree]) -> list[tuple[Path, Moments[Stored]]]:
+    """The moments of each trained leaf, with its path."""
+    m2, nu = leaves_with_path(moments.m2), leaves_with_path(moments.nu)
+    m1 = dict(leaves_with_path(moments.m1))
+    places = [
+        (path, Moments(m1.get(path), x, y))
+        for (path, x), (_, y) in zip(m2, nu, strict=True)
+    ]
+    return [place for place in places if place[1].m2 is not None]
+
+
+def _only_state(tree: PyTree) -> AbstractMomentState[Any]:
+    is_one = lambda x: isinstance(x, AbstractMomentState)
     found = [x for x in jtu.tree_leaves(tree, is_leaf=is_one) if is_one(x)]
     if len(found) != 1:
         raise ValueError(
@@ -138,14 +205,15 @@ def _only_state(tree: Any) -> AdEMAMixState:
     return found[0]
 
 
-def _row(path: Any, m1: Any, m2: Any, nu: Any) -> tuple[str, ...]:
-    size, total = math.prod(m2.shape), state_bytes((m1, m2, nu))
+def _row(path: Path, moments: Moments[Stored], shown: list[int]) -> tuple[str, ...]:
+    shape = moments.m2.shape
+    size, total = math.prod(shape), state_bytes(moments)
     each = f"{total / size:.2f}" if size else "-"
-    kinds = map(_kind, (m1, m2, nu))
-    return (jtu.keystr(path) or "(the tree itself)", str(m2.shape), *kinds, each)
+    kinds = (_kind(moments[i]) for i in shown)
+    return (jtu.keystr(path) or "(the tree itself)", str(shape), *kinds, each)
 
 
-def _kind(moment: Any) -> str:
+def _kind(moment: Stored | Struct | None) -> str:
     if isinstance(moment, Encoded):
         return type(moment.codec).__name__
     return "none" if moment is None else str(moment.dtype)
@@ -154,3 +222,47 @@ def _kind(moment: Any) -> str:
 def _line(row: tuple[str, ...], widths: list[int]) -> str:
     cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
     return "  " + "  ".join([*cells[:-1], row[-1].rjust(widths[-1])])
+
+
+#
+# Finding a state inside of another one
+#
+
+
+def find(
+    tree: PyTree,
+    is_one: Callable[[Node], bool],
+    of_what: str,
+    name: str = "opt_state",
+) -> Node:
+    """The only state of a kind that a tree contains, with NumPy's arrays converted to
+    JAX's."""
+    found = [x for x in jtu.tree_leaves(tree, is_leaf=is_one) if is_one(x)]
+    if len(found) != 1:
+        kinds = ", ".join(dict.fromkeys(_kinds(tree))) or describe(tree)
+        raise ValueError(
+            f"`{name}` has {len(found) or 'no'} states {of_what}, but one was "
+            f"expected. Found in it: {shortened(kinds, 300)}. Pass the state of the "
+            "optimizer, or the part of it that you mean."
+        )
+    check_alive(name, found[0])
+    for counter in ("count", "count_m2", "t"):
+        count = getattr(found[0], counter, 0)
+        # Every named tuple has a method `count`.
+        if not callable(count) and jnp.shape(count) != ():
+            raise ValueError(
+                f"{name}.{counter} is {describe(count)}, but a scalar was expected. "
+                "Convert a batch of states under `eqx.filter_vmap`."
+            )
+    return on_device(found[0])
+
+
+def _kinds(node: Node) -> list[str]:
+    """The names of the classes of the states inside a state."""
+    if is_leaf(node):
+        return []
+    inner = [child for _, child in children(node)[0] if not is_leaf(child)]
+    if type(node) in (list, tuple, dict):
+        return [kind for child in inner for kind in _kinds(child)]
+    inner = [x for x in inner if isinstance(x, tuple) or type(x) in (list, dict)]
+    return [type(node).__name__, *(kind for x in inner for kind in _kinds(x))]

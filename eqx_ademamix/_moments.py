@@ -1,105 +1,44 @@
-"""Arithmetic on moments: moving averages and bias correction.
-
-Inside the package a decay is given by its complement, `1 - decay`, which is the number
-that carries the precision: 0.9999 has four significant digits of it in float32.
-"""
+"""The arithmetic of moments on trees, as public functions."""
 
 from collections.abc import Callable
-from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, PyTree
 
-from ._checks import (
-    check_against_state,
-    is_entry,
-    leaves_with_path,
-    no_type_check,
-    on_device,
-)
-from ._encoded import is_encoded
-from ._formats import cast, complex_dtype, compute_dtype, rounded
+from ._checks import checked_leaves
 from ._hyperparams import (
     HyperParamLike,
-    check_real_scalar,
+    Scalar,
     decay_complement,
+    real_scalar,
     wide,
 )
-
-
-#
-# On arrays
-#
-
-
-def times(factor: Array, x: Array) -> Array:
-    """`factor * x` for a real factor and a real or complex `x`, of one precision."""
-    return _componentwise(lambda part: factor * part, x)
-
-
-def over(x: Array, divisor: Array) -> Array:
-    """`x / divisor` for a real divisor and a real or complex `x`, of one precision."""
-    return _componentwise(lambda part: part / divisor, x)
-
-
-def _componentwise(fn: Callable[[Array], Array], x: Array) -> Array:
-    if jnp.iscomplexobj(x):
-        return lax.complex(fn(x.real), fn(x.imag))
-    return fn(x)
-
-
-def abs_squared(x: Array) -> Array:
-    """$|x|^2$, real also for complex `x`. Where the square of a finite number overflows
-    it is the largest finite number, since an infinite average never comes back."""
-    if jnp.iscomplexobj(x):
-        square = jnp.square(x.real) + jnp.square(x.imag)
-    else:
-        square = jnp.square(x)
-    largest = jnp.asarray(jnp.finfo(square.dtype).max, square.dtype)
-    return jnp.where(jnp.isfinite(x), jnp.minimum(square, largest), square)
-
-
-def moving_average(average: Array, value: Array, complement: Array) -> Array:
-    """`decay * average + (1 - decay) * value`, given `1 - decay`.
-
-    For a decay near 1 this is `average + (1 - decay) * (value - average)`, the form
-    that keeps small changes. For one near 0, where that would cancel, it is the plain
-    form.
-    """
-    is_slow = (complement <= 0.5).astype(complement.dtype)
-    kept = times(jnp.where(complement <= 0.5, 1.0, 1.0 - complement), average)
-    return kept + times(complement, value - times(is_slow, average))
-
-
-def bias_factor(complement: Array, count: Array) -> Array:
-    r"""$1 - \beta^t$, given $1 - \beta$ and $t \ge 1$, without cancellation."""
-    return -jnp.expm1(count * jnp.log1p(-complement))
-
-
-def power(x: Array, order: int | float) -> Array:
-    return x if order == 1 else x**order
-
-
-def norm_power(x: Array, order: int | float) -> Array:
-    """$|x|^n$, real."""
-    return abs_squared(x) if order == 2 else jnp.abs(x) ** order
-
-
-#
-# On trees
-#
+from ._numerics import (
+    Decay,
+    bias_factor,
+    cast,
+    complex_dtype,
+    compute_dtype,
+    moving_average,
+    norm_power,
+    over,
+    power,
+    rounded,
+)
+from ._paths import Node, flatten, leaves_with_path, on_device
+from ._storage.codec import is_encoded
+from ._typing import no_type_check
 
 
 @no_type_check
-def tree_cast(tree: PyTree[Any], dtype: Any) -> PyTree[Any]:
+def tree_cast(tree: PyTree, dtype: jax.typing.DTypeLike | None) -> PyTree:
     """Casts the arrays of a tree.
 
     **Arguments:**
 
-    - `tree`: any tree. `None` and whatever is no array stay as they are.
+    - `tree`: any tree. `None` and anything that is not an array stay as they are.
     - `dtype`: the new dtype, or `None` for no change. Complex arrays stay complex: a
         real dtype means complex64 for them, float64 complex128.
 
@@ -128,7 +67,7 @@ def tree_cast(tree: PyTree[Any], dtype: Any) -> PyTree[Any]:
 
 
 @no_type_check
-def tree_zeros_like(tree: PyTree[Any], dtype: Any = None) -> PyTree[Any]:
+def tree_zeros_like(tree: PyTree, dtype: jax.typing.DTypeLike | None = None) -> PyTree:
     """Zeros in the shapes of the arrays of a tree.
 
     **Arguments:**
@@ -140,7 +79,7 @@ def tree_zeros_like(tree: PyTree[Any], dtype: Any = None) -> PyTree[Any]:
     **Returns:**
 
     A tree with an array of zeros, on the same devices, for each array, and `None` for
-    everything else.
+    all other leaves.
 
     !!! Example
 
@@ -164,13 +103,13 @@ def tree_zeros_like(tree: PyTree[Any], dtype: Any = None) -> PyTree[Any]:
 
 @no_type_check
 def tree_update_moment(
-    updates: PyTree[Any], moments: PyTree[Any], decay: HyperParamLike, order: float
-) -> PyTree[Any]:
+    updates: PyTree, moments: PyTree, decay: HyperParamLike, order: float
+) -> PyTree:
     r"""One step of a moving average of powers:
     $m \leftarrow \beta m + (1 - \beta) g^n$.
 
-    Computed in float32 or better, from $1 - \beta$ without cancellation, and rounded
-    to each moment's dtype at the end.
+    It is computed in float32 or better, from $1 - \beta$ without cancellation, and
+    rounded to each moment's dtype at the end.
 
     **Arguments:**
 
@@ -198,22 +137,19 @@ def tree_update_moment(
         assert (m == 0.25).all()
         ```
     """
-    _check_dense("moments", moments)
-    updates, moments = on_device(updates), on_device(moments)
-    check_against_state("updates", updates, moments, other="`moments`")
     complement, n = decay_complement("decay", decay), _order(order)
     return _tree_average(lambda g: power(g, n), updates, moments, complement)
 
 
 @no_type_check
 def tree_update_moment_per_elem_norm(
-    updates: PyTree[Any], moments: PyTree[Any], decay: HyperParamLike, order: float
-) -> PyTree[Any]:
+    updates: PyTree, moments: PyTree, decay: HyperParamLike, order: float
+) -> PyTree:
     r"""One step of a moving average of powers of the absolute value:
     $m \leftarrow \beta m + (1 - \beta) |g|^n$, real also for complex $g$.
 
     For real $g$ and even $n$ this is [`eqx_ademamix.tree_update_moment`][]. (optax
-    leaves out the absolute value for real $g$: for odd $n$ its moment has a sign, for
+    omits the absolute value for real $g$: for odd $n$ its moment has a sign, and for
     fractional $n$ it can be a NaN.)
 
     **Arguments:**
@@ -245,30 +181,27 @@ def tree_update_moment_per_elem_norm(
         assert nu == 25.0
         ```
     """
-    _check_dense("moments", moments)
-    updates, moments = on_device(updates), on_device(moments)
-    check_against_state(
-        "updates", updates, moments, other="`moments`", complex_too=False
-    )
-    real = jax.tree.map(jnp.real, moments)
     complement, n = decay_complement("decay", decay), _order(order)
-    return _tree_average(lambda g: norm_power(g, n), updates, real, complement)
+    of = lambda g: norm_power(g, n)
+    return _tree_average(of, updates, moments, complement, is_real=True)
 
 
 @no_type_check
 def tree_bias_correction(
-    moment: PyTree[Any], decay: HyperParamLike, count: Any
-) -> PyTree[Any]:
+    moment: PyTree, decay: HyperParamLike, count: HyperParamLike
+) -> PyTree:
     r"""Corrects a moving average that started at zero: $\hat m = m / (1 - \beta^t)$.
 
-    The divisor is $-\text{expm1}(t \log \beta)$, which is exact to the last
-    digits for small $t$ and for $\beta$ near 1.
+    The divisor is computed as $-\text{expm1}(t \log \beta)$, which is exact to the last
+    digits also for small $t$ and for $\beta$ near 1.
 
     **Arguments:**
 
-    - `moment`: $m$, a tree of arrays. What is no inexact array stays as it is.
+    - `moment`: $m$, a tree of arrays. Anything that is not an inexact array stays as it
+        is.
     - `decay`: $\beta$, in [0, 1).
-    - `count`: $t$, the number of steps in the average. For 0 it is returned unchanged.
+    - `count`: $t$, the number of steps in the average. For 0, the tree is returned
+        unchanged.
 
     **Returns:**
 
@@ -289,12 +222,11 @@ def tree_bias_correction(
         ```
     """
     _check_dense("moment", moment)
-    check_real_scalar("count", count)
-    t = wide(count)
+    t = wide(real_scalar("count", count))
     factor = bias_factor(decay_complement("decay", decay), jnp.maximum(t, 1.0))
     divisor = jnp.where(t > 0, factor, 1.0)
 
-    def correct(m: Any) -> Any:
+    def correct(m: Node) -> Node:
         if not eqx.is_inexact_array(m):
             return m
         real = compute_dtype(m.dtype)
@@ -304,40 +236,58 @@ def tree_bias_correction(
 
 
 def _tree_average(
-    of: Callable[[Array], Array], updates: Any, moments: Any, complement: Array
-) -> Any:
+    of: Callable[[Array], Array],
+    updates: PyTree,
+    moments: PyTree,
+    complement: Scalar,
+    *,
+    is_real: bool = False,
+) -> PyTree:
+    _check_dense("moments", moments)
+    moments = on_device(moments)
+    if is_real:
+        like = flatten(jax.tree.map(jnp.real, moments))
+    else:
+        like = flatten(moments)
+    gs = checked_leaves(
+        "updates",
+        on_device(updates),
+        flatten(moments),
+        other="`moments`",
+        complex_too=not is_real,
+    )
+
     def average(g: Array | None, m: Array | None) -> Array | None:
         if g is None or m is None:
             return None
         real = compute_dtype(g.dtype, m.dtype)
-        new = moving_average(cast(m, real), of(cast(g, real)), complement.astype(real))
-        return rounded(new, m.dtype)
+        decay = Decay.of(complement.astype(real))
+        return rounded(moving_average(cast(m, real), of(cast(g, real)), decay), m.dtype)
 
-    return jax.tree.map(average, updates, moments, is_leaf=is_entry)
+    return like.rebuilt(list(map(average, gs, like.values)))
 
 
-def _check_dense(name: str, tree: Any) -> None:
+def _check_dense(name: str, tree: PyTree) -> None:
     encoded = [x for _, x in leaves_with_path(tree) if is_encoded(x)]
     if encoded:
         kind = type(encoded[0].codec).__name__
         raise TypeError(
-            f"`{name}` has {kind} moments, but this function takes arrays. Pass "
-            "those of `eqx_ademamix.decoded(state)`."
+            f"`{name}` has {kind} moments, but this function takes arrays. Pass the "
+            "moments of `eqx_ademamix.decoded(state)`."
         )
 
 
-def _order(order: Any) -> int | float:
-    check_real_scalar("order", order)
-    number = float(order)
+def _order(order: object) -> int | float:
+    number = float(real_scalar("order", order))
     return int(number) if number.is_integer() else number
 
 
-def _is_number(x: Any) -> bool:
+def _is_number(x: Node) -> bool:
     """Whether `x` is an array of numbers, which an array of PRNG keys is not."""
     return eqx.is_array(x) and not jnp.issubdtype(x.dtype, jax.dtypes.extended)
 
 
-def _kept_complex(x: Any, dtype: Any) -> Any:
+def _kept_complex(x: Node, dtype: jax.typing.DTypeLike) -> jax.typing.DTypeLike:
     wants_real = not jnp.issubdtype(dtype, jnp.complexfloating)
     if jnp.iscomplexobj(x) and wants_real:
         return complex_dtype(jnp.dtype(dtype))

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped
 
-from ._checks import describe, no_type_check
 from ._hyperparams import (
     HyperParam,
     HyperParamLike,
@@ -21,10 +20,16 @@ from ._hyperparams import (
     non_negative,
     wide,
 )
+from ._paths import describe
+from ._typing import no_type_check
 
 
 Step: TypeAlias = (
-    float | np.number[Any] | Shaped[Array, "*steps"] | Shaped[np.ndarray, "*steps"]
+    int
+    | float
+    | np.number[Any]
+    | Shaped[Array, "*steps"]
+    | Shaped[np.ndarray, "*steps"]
 )
 
 
@@ -75,7 +80,7 @@ class Beta3Schedule(eqx.Module):
 
     @no_type_check
     def complement(self, step: Step) -> Float[Array, "*steps"]:
-        r"""$1 - \beta_3$ at these steps, without the cancellation of computing it so.
+        r"""$1 - \beta_3$ at these steps, without the cancellation of that subtraction.
 
         **Arguments:** and **Returns:** as for calling the schedule.
         """
@@ -86,14 +91,14 @@ class Beta3Schedule(eqx.Module):
     def _log(self, done: Array) -> Array:
         start, end = _timescale(self.beta_start), _timescale(self.beta_end)
         mixed = (1.0 - done) * start + done * end
-        # Twice, so that the derivative at b3 = 0 is no NaN.
+        # Two `where`s, so that the derivative at b3 = 0 is not a NaN.
         safe = jnp.where(mixed > 0, mixed, 1.0)
         return jnp.where(mixed > 0, -1.0 / safe, -jnp.inf)
 
 
-def _progress(schedule: AlphaSchedule | Beta3Schedule, step: Any) -> Array:
-    """How much of the warm-up is over, from 0 to 1. Always 1 without a warm-up. It
-    begins at `begin`, which is 0 but for schedules that `extend` made."""
+def _progress(schedule: AlphaSchedule | Beta3Schedule, step: Step) -> Array:
+    """How much of the warm-up is over, from 0 to 1. Always 1 without a warm-up. The
+    warm-up begins at `begin`, which is 0 except in schedules that `extend` made."""
     if isinstance(step, bool) or not isinstance(step, jax.Array | np.ndarray | Real):
         raise TypeError(
             f"`step` is {describe(step)}, but a number or an array was expected: the "
@@ -108,8 +113,8 @@ def _progress(schedule: AlphaSchedule | Beta3Schedule, step: Any) -> Array:
 
 
 def _timescale(beta: HyperParam) -> HyperParam:
-    """The steps in which an average with this decay forgets all but 1/e: 1.44
-    half-lives."""
+    """The number of steps after which an average with this decay keeps 1/e of what it
+    held: 1.44 half-lives."""
     if isinstance(beta, float):
         return -1.0 / math.log(beta) if beta > 0 else 0.0
     beta = wide(beta)
@@ -132,7 +137,7 @@ def alpha_scheduler(
     $$
 
     Array arguments are leaves of the returned module: traced under `eqx.filter_jit`, so
-    that a new value does not retrace.
+    a new value does not retrace.
 
     **Arguments:**
 
@@ -140,9 +145,9 @@ def alpha_scheduler(
     - `alpha_start`: $\alpha_\text{start}$, the value at step 0, at least 0.
     - `warmup`: the number of steps until the final value, usually the number of steps
         of the run. 0 gives the final value at once.
-    - `offset`: is added to the step. Optimizers call a schedule with the number of
-        steps taken before (0, 1, 2, ...); the paper counts 1, 2, 3, ..., which is
-        `offset=1`.
+    - `offset`: a number that is added to the step. Optimizers call a schedule with the
+        number of steps taken so far (0, 1, 2, ...). The paper counts 1, 2, 3, ...,
+        which is `offset=1`.
 
     **Returns:**
 
@@ -187,8 +192,8 @@ def beta3_scheduler(
     $$
 
     Array arguments are leaves of the returned module: traced under `eqx.filter_jit`, so
-    that a new value does not retrace. Its method `complement` gives
-    $1 - \beta_3(t)$ without cancellation; that is what the optimizer uses.
+    a new value does not retrace. The method `complement` gives $1 - \beta_3(t)$
+    without cancellation. The optimizer uses that.
 
     **Arguments:**
 
@@ -196,9 +201,9 @@ def beta3_scheduler(
     - `beta_start`: $\beta_\text{start}$, the value at step 0, in [0, 1): usually `b1`.
     - `warmup`: the number of steps until the final value, usually the number of steps
         of the run. 0 gives the final value at once.
-    - `offset`: is added to the step. Optimizers call a schedule with the number of
-        steps taken before (0, 1, 2, ...); the paper counts 1, 2, 3, ..., which is
-        `offset=1`.
+    - `offset`: a number that is added to the step. Optimizers call a schedule with the
+        number of steps taken so far (0, 1, 2, ...). The paper counts 1, 2, 3, ...,
+        which is `offset=1`.
 
     **Returns:**
 

@@ -16,6 +16,7 @@ from eqx_ademamix import (
     AdEMAMix,
     Compensated,
     CompensatedState,
+    SimplifiedAdEMAMix,
 )
 
 from .helpers import (
@@ -37,6 +38,7 @@ BITS = (16, 8)
 INNER = {
     "AdEMAMix": AdEMAMix(1e-3, weight_decay=0.1),
     "compact": AdEMAMix(1e-3, state_format=COMPACT),
+    "simplified": SimplifiedAdEMAMix(1e-3, normalize=True, weight_decay=0.1),
     "adamw": optax.adamw(1e-3),
     "chain": optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(1e-3)),
 }
@@ -347,15 +349,16 @@ def test_bytes_of_the_remainders():
 
 def test_conversions_find_the_state_inside():
     params = {"w": jnp.ones((4, 3), jnp.bfloat16)}
-    optim = Compensated(AdEMAMix(1e-3))
+    inner_optim = AdEMAMix(1e-3)
+    optim = Compensated(inner_optim)
     state: Any = optim.init(params)
     _, state = optim.update(params, state, params)
     assert eqx_ademamix.to_optax(state).count == 1
     assert eqx.tree_equal(eqx_ademamix.decoded(state), state)
-    assert eqx_ademamix.hyperparams(optim.optim, state.inner_state).alpha == 5.0
+    assert eqx_ademamix.hyperparams(inner_optim, state.inner_state).alpha == 5.0
     adam = optax.adamw(1e-3)
     _, opt_state = adam.update(params, adam.init(params), params)
-    inner = eqx_ademamix.from_adamw(opt_state, optim.optim, params)
+    inner = eqx_ademamix.from_adamw(opt_state, inner_optim, params)
     taken = eqx.tree_at(lambda s: s.inner_state, optim.init(params), inner)
     _, after = optim.update(params, taken, params)
     assert after.inner_state.count == 2
@@ -382,12 +385,11 @@ def test_counter_saturates():
 
 
 def test_the_typed_core():
-    from eqx_ademamix import _compensated as core
+    from eqx_ademamix._wrappers import compensated as core
 
     split = getattr(core, "_split")  # noqa: B009
-    good = {"w": jnp.ones(3, jnp.bfloat16)}
-    wide = {"w": jnp.ones(3)}
-    count = jnp.zeros((), jnp.int32)
-    split(wide, wide, good, {"w": jnp.ones(3, jnp.int16)}, count)
+    good, wide = [jnp.ones(3, jnp.bfloat16)], [jnp.ones(3)]
+    keys, count = [0], jnp.zeros((), jnp.int32)
+    split(wide, wide, good, [jnp.ones(3, jnp.int16)], keys, count)
     with pytest.raises(TypeError):
-        split(wide, wide, good, {"w": jnp.ones(2, jnp.int16)}, count)
+        split(wide, wide, good, [jnp.ones(2, jnp.int16)], keys, count)

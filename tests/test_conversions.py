@@ -609,7 +609,7 @@ ERRORS: dict[str, Any] = {
     ),
     "extend: passed": (
         lambda: extend(ALPHA, at_count(ALPHA, 30), warmup=30),
-        "`warmup` is 30, but 30 steps of the warm-up of `alpha` have been taken already",
+        "`warmup` is 30, but 30 steps of the warm-up of `alpha` have already been taken",
     ),
     "extend: negative": (
         lambda: extend(ALPHA, at_count(ALPHA, 30), warmup=-1),

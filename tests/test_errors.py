@@ -20,6 +20,7 @@ from eqx_ademamix import (
     Compensated,
     ScaledFloat8,
     ScaledFloat16,
+    SimplifiedAdEMAMix,
     StateFormat,
     decay_mask,
     hyperparams,
@@ -42,6 +43,8 @@ DEEPER = eqx.nn.MLP(3, 2, 4, 3, key=jax.random.key(1))
 W0 = lambda tree: tree.layers[0].weight
 B2 = lambda tree: tree.layers[2].bias
 is_none = lambda x: x is None
+
+SIMPLIFIED = SimplifiedAdEMAMix(1e-3)
 
 COMPACT = AdEMAMix(1e-3, state_format=helpers.COMPACT)
 COMPACT_STATE = init(COMPACT, MODEL)
@@ -147,165 +150,858 @@ SHAPE = r"has shape \({}\), but the optimizer state has \({}\) there. Was `init`
 # (id, what a user does, the error that they get)
 CASES = (
     # gradients
-    ("shape", grads(W0, jnp.ones((4, 2))), r"grads\.layers\[0\]\.weight " + SHAPE.format("4, 2", "4, 3")),
-    ("broadcasts", grads(W0, jnp.ones((4, 1))), r"grads\.layers\[0\]\.weight " + SHAPE.format("4, 1", "4, 3")),
-    ("too many axes", grads(B2, jnp.ones((1, 2))), r"grads\.layers\[2\]\.bias " + SHAPE.format("1, 2", "2,")),
-    ("scalar", grads(B2, jnp.asarray(1.0)), r"grads\.layers\[2\]\.bias " + SHAPE.format("", "2,")),
-    ("a Python scalar", grads(B2, 1.0), r"grads\.layers\[2\]\.bias is the float 1.0, but a gradient is an array"),
-    ("structure", lambda: update(OPTIM, {"w": jnp.ones(3)}, STATE, MODEL), r"grads is a dict with the keys 'w', but the optimizer state has a `MLP` there"),
-    ("deeper structure", lambda: update(OPTIM, put(GRADS, lambda m: m.layers[1], [jnp.ones(3)]), STATE), r"grads\.layers\[1\] is a list of length 1, but the optimizer state has a `Linear` there"),
-    ("gradients of a deeper model", lambda: update(OPTIM, eqx.filter_grad(loss_of_arrays)(DEEPER), STATE), r"grads\.layers is a tuple of length 4, but the optimizer state has a tuple of length 3 there"),
-    ("None", grads(W0, None), r"grads\.layers\[0\]\.weight is None, but the optimizer state has a float32 array of shape \(4, 3\) there"),
-    ("a whole layer None", grads(lambda m: m.layers[0], None), r"grads\.layers\[0\] is None, but the optimizer state has a `Linear` there"),
-    ("no gradients", lambda: update(OPTIM, None, STATE, MODEL), "grads is None, but the optimizer state has a `MLP` there"),
-    ("integers", grads(W0, jnp.ones((4, 3), int)), r"grads\.layers\[0\]\.weight is an int32 array of shape \(4, 3\), but a gradient is"),
-    ("complex", grads(W0, jnp.ones((4, 3), complex)), r"grads\.layers\[0\]\.weight has dtype complex64, but the optimizer state is for a real parameter"),
-    ("real", lambda: OPTIM.update(jnp.ones(2), OPTIM.init(jnp.ones(2, complex))), "grads has dtype float32, but the optimizer state is for a complex parameter"),
-    ("deep", lambda: OPTIM.update(deep(jnp.ones((2, 1))), OPTIM.init(deep(jnp.ones((2, 3))))), r"grads\['transformer_block.*\.\.\..*_0'\] has shape \(2, 1\)"),
-    ("the model", lambda: update(OPTIM, MODEL, STATE, MODEL), r"grads\.activation is the function `relu`, but a gradient is an array .* Was the model passed as the gradients"),
-    ("the model, jitted", lambda: eqx.filter_jit(update)(OPTIM, MODEL, STATE, MODEL), r"grads\.activation is the function `relu`"),
-    ("swapped", lambda: update(OPTIM, STATE, GRADS, MODEL), "`grads` is an `AdEMAMixState`: were `grads` and `state` swapped"),
-    ("optimizer last", lambda: update(GRADS, STATE, OPTIM), "`optim` is a `MLP`, but an optimizer of this package"),
-    ("optax's optimizer", lambda: init(optax.adam(1e-3), MODEL), "`optim` is a `GradientTransformation"),
-    ("model first", lambda: init(MODEL, OPTIM), "`optim` is a `MLP`, but an optimizer of this package was expected. Mind the order of arguments"),
+    (
+        "shape",
+        grads(W0, jnp.ones((4, 2))),
+        r"grads\.layers\[0\]\.weight " + SHAPE.format("4, 2", "4, 3"),
+    ),
+    (
+        "broadcasts",
+        grads(W0, jnp.ones((4, 1))),
+        r"grads\.layers\[0\]\.weight " + SHAPE.format("4, 1", "4, 3"),
+    ),
+    (
+        "too many axes",
+        grads(B2, jnp.ones((1, 2))),
+        r"grads\.layers\[2\]\.bias " + SHAPE.format("1, 2", "2,"),
+    ),
+    (
+        "scalar",
+        grads(B2, jnp.asarray(1.0)),
+        r"grads\.layers\[2\]\.bias " + SHAPE.format("", "2,"),
+    ),
+    (
+        "a Python scalar",
+        grads(B2, 1.0),
+        r"grads\.layers\[2\]\.bias is the float 1.0, but a gradient is an array",
+    ),
+    (
+        "structure",
+        lambda: update(OPTIM, {"w": jnp.ones(3)}, STATE, MODEL),
+        r"grads is a dict with the keys 'w', but the optimizer state has an `MLP` there",
+    ),
+    (
+        "deeper structure",
+        lambda: update(OPTIM, put(GRADS, lambda m: m.layers[1], [jnp.ones(3)]), STATE),
+        r"grads\.layers\[1\] is a list of length 1, but the optimizer state has a `Linear` there",
+    ),
+    (
+        "gradients of a deeper model",
+        lambda: update(OPTIM, eqx.filter_grad(loss_of_arrays)(DEEPER), STATE),
+        r"grads\.layers is a tuple of length 4, "
+        r"but the optimizer state has a tuple of length 3 there",
+    ),
+    (
+        "None",
+        grads(W0, None),
+        r"grads\.layers\[0\]\.weight is None, "
+        r"but the optimizer state has a float32 array of shape \(4, 3\) there",
+    ),
+    (
+        "a whole layer None",
+        grads(lambda m: m.layers[0], None),
+        r"grads\.layers\[0\] is None, but the optimizer state has a `Linear` there",
+    ),
+    (
+        "no gradients",
+        lambda: update(OPTIM, None, STATE, MODEL),
+        "grads is None, but the optimizer state has an `MLP` there",
+    ),
+    (
+        "integers",
+        grads(W0, jnp.ones((4, 3), int)),
+        r"grads\.layers\[0\]\.weight is an int32 array of shape \(4, 3\), but a gradient is",
+    ),
+    (
+        "complex",
+        grads(W0, jnp.ones((4, 3), complex)),
+        r"grads\.layers\[0\]\.weight has dtype complex64, "
+        r"but the optimizer state is for a real parameter",
+    ),
+    (
+        "real",
+        lambda: OPTIM.update(jnp.ones(2), OPTIM.init(jnp.ones(2, complex))),
+        "grads has dtype float32, but the optimizer state is for a complex parameter",
+    ),
+    (
+        "deep",
+        lambda: OPTIM.update(
+            deep(jnp.ones((2, 1))), OPTIM.init(deep(jnp.ones((2, 3))))
+        ),
+        r"grads\['transformer_block.*\.\.\..*_0'\] has shape \(2, 1\)",
+    ),
+    (
+        "the model",
+        lambda: update(OPTIM, MODEL, STATE, MODEL),
+        r"grads\.activation is the function `relu`, "
+        r"but a gradient is an array .* Was the model passed as the gradients",
+    ),
+    (
+        "the model, jitted",
+        lambda: eqx.filter_jit(update)(OPTIM, MODEL, STATE, MODEL),
+        r"grads\.activation is the function `relu`",
+    ),
+    (
+        "swapped",
+        lambda: update(OPTIM, STATE, GRADS, MODEL),
+        "`grads` is an `AdEMAMixState`: were `grads` and `state` swapped",
+    ),
+    (
+        "optimizer last",
+        lambda: update(GRADS, STATE, OPTIM),
+        "`optim` is an `MLP`, but an optimizer of this package",
+    ),
+    (
+        "optax's optimizer",
+        lambda: init(optax.adam(1e-3), MODEL),
+        "`optim` is a `GradientTransformation",
+    ),
+    (
+        "model first",
+        lambda: init(MODEL, OPTIM),
+        "`optim` is an `MLP`, "
+        "but an optimizer of this package was expected. Check the order of the arguments",
+    ),
     # the state
-    ("of another model", lambda: update(OPTIM, GRADS, init(OPTIM, SWAPPED), MODEL), r"params\.layers\[0\]\.weight " + SHAPE.format("4, 3", "5, 3")),
-    ("of another model, no params", lambda: update(OPTIM, GRADS, init(OPTIM, SWAPPED)), r"grads\.layers\[0\]\.weight " + SHAPE.format("4, 3", "5, 3")),
-    ("of another class", lambda: update(OPTIM, GRADS, optax.adam(1e-3).init(GRADS), MODEL), "`state` is a tuple of length 2, but an `AdEMAMixState` was expected"),
-    ("no state", lambda: update(OPTIM, GRADS, None, MODEL), "`state` is None, but an `AdEMAMixState` was expected"),
-    ("of b1=0", lambda: update(OPTIM, GRADS, init(AdEMAMix(1, b1=0), MODEL), MODEL), r"state\.m1\.layers\[0\]\.weight is None, but state\.m2 has a float32 array"),
-    ("for b1=0", lambda: update(AdEMAMix(1, b1=0), GRADS, STATE, MODEL), r"state\.m1\.layers\[0\]\.weight holds a moment, but an optimizer with `b1=0` stores no `m1`"),
-    ("of another format", lambda: update(AdEMAMix(1, state_format=StateFormat(jnp.bfloat16, jnp.float32, jnp.float32)), GRADS, STATE, MODEL), r"state\.m1\.layers\[0\]\.weight is stored as float32, but bfloat16 was expected for this parameter and `state_format`"),
-    ("m1 of another shape", state(lambda s: W0(s.m1), jnp.ones((4, 1))), r"state\.m1\.layers\[0\]\.weight is a float32 array of shape \(4, 1\), but state\.m2 has a float32 array of shape \(4, 3\)"),
-    ("m2 of another shape", state(lambda s: W0(s.m2), jnp.ones(())), r"state\.m2\.layers\[0\]\.weight is a float32 array of shape \(\), but state\.nu has"),
-    ("nu of another shape", state(lambda s: B2(s.nu), jnp.ones((2, 2))), r"state\.m2\.layers\[2\]\.bias is a float32 array of shape \(2,\), but state\.nu has a float32 array of shape \(2, 2\)"),
-    ("m1 of another dtype", state(lambda s: W0(s.m1), jnp.ones((4, 3), jnp.bfloat16)), r"state\.m1\.layers\[0\]\.weight is stored as bfloat16, but float32 was expected"),
-    ("m2 of another dtype", state(lambda s: B2(s.m2), jnp.ones(2, jnp.float16)), r"state\.m2\.layers\[2\]\.bias is stored as float16, but float32 was expected"),
-    ("nu of another dtype", state(lambda s: B2(s.nu), jnp.ones(2, int)), r"state\.nu\.layers\[2\]\.bias is stored as int32, but float32 was expected"),
-    ("nu complex", state(lambda s: B2(s.nu), jnp.ones(2, complex)), r"state\.nu\.layers\[2\]\.bias is stored as complex64, but float32 was expected"),
-    ("m2 None", state(lambda s: B2(s.m2), None), r"state\.m2\.layers\[2\]\.bias is None, but state\.nu has a float32 array"),
-    ("m2 a function", state(lambda s: B2(s.m2), jnp.tanh), r"state\.m2\.layers\[2\]\.bias is the function `tanh`, but state\.nu"),
-    ("m1 of another structure", state(lambda s: s.m1, [jnp.ones(2)]), r"state\.m1 is a list of length 1, but state\.m2 has a `MLP` there: the moments of one"),
-    ("count a float", state(lambda s: s.count, jnp.asarray(1.0)), r"state\.count is a float32 array of shape \(\), but an int32 array of shape \(\) was expected"),
-    ("batched", lambda: update(OPTIM, GRADS, eqx.filter_vmap(lambda _: init(OPTIM, MODEL))(jnp.ones(2)), MODEL), r"state\.count is an int32 array of shape \(2,\), .* `eqx.filter_vmap\(update\)`"),
+    (
+        "of another model",
+        lambda: update(OPTIM, GRADS, init(OPTIM, SWAPPED), MODEL),
+        r"params\.layers\[0\]\.weight " + SHAPE.format("4, 3", "5, 3"),
+    ),
+    (
+        "of another model, no params",
+        lambda: update(OPTIM, GRADS, init(OPTIM, SWAPPED)),
+        r"grads\.layers\[0\]\.weight " + SHAPE.format("4, 3", "5, 3"),
+    ),
+    (
+        "of another class",
+        lambda: update(OPTIM, GRADS, optax.adam(1e-3).init(GRADS), MODEL),
+        "`state` is a tuple of length 2, but an `AdEMAMixState` was expected",
+    ),
+    (
+        "no state",
+        lambda: update(OPTIM, GRADS, None, MODEL),
+        "`state` is None, but an `AdEMAMixState` was expected",
+    ),
+    (
+        "of b1=0",
+        lambda: update(OPTIM, GRADS, init(AdEMAMix(1, b1=0), MODEL), MODEL),
+        r"state\.m1\.layers\[0\]\.weight is None, but state\.m2 has a float32 array",
+    ),
+    (
+        "for b1=0",
+        lambda: update(AdEMAMix(1, b1=0), GRADS, STATE, MODEL),
+        r"state\.m1\.layers\[0\]\.weight holds a moment, "
+        r"but an optimizer with `b1=0` stores no `m1`",
+    ),
+    (
+        "of another format",
+        lambda: update(
+            AdEMAMix(
+                1, state_format=StateFormat(jnp.bfloat16, jnp.float32, jnp.float32)
+            ),
+            GRADS,
+            STATE,
+            MODEL,
+        ),
+        r"state\.m1\.layers\[0\]\.weight is stored as float32, "
+        r"but bfloat16 was expected for this parameter and `state_format`",
+    ),
+    (
+        "m1 of another shape",
+        state(lambda s: W0(s.m1), jnp.ones((4, 1))),
+        r"state\.m1\.layers\[0\]\.weight is a float32 array of shape \(4, 1\), "
+        r"but state\.m2 has a float32 array of shape \(4, 3\)",
+    ),
+    (
+        "m2 of another shape",
+        state(lambda s: W0(s.m2), jnp.ones(())),
+        r"state\.m2\.layers\[0\]\.weight is a float32 array of shape \(\), but state\.nu has",
+    ),
+    (
+        "nu of another shape",
+        state(lambda s: B2(s.nu), jnp.ones((2, 2))),
+        r"state\.m2\.layers\[2\]\.bias is a float32 array of shape \(2,\), "
+        r"but state\.nu has a float32 array of shape \(2, 2\)",
+    ),
+    (
+        "m1 of another dtype",
+        state(lambda s: W0(s.m1), jnp.ones((4, 3), jnp.bfloat16)),
+        r"state\.m1\.layers\[0\]\.weight is stored as bfloat16, but float32 was expected",
+    ),
+    (
+        "m2 of another dtype",
+        state(lambda s: B2(s.m2), jnp.ones(2, jnp.float16)),
+        r"state\.m2\.layers\[2\]\.bias is stored as float16, but float32 was expected",
+    ),
+    (
+        "nu of another dtype",
+        state(lambda s: B2(s.nu), jnp.ones(2, int)),
+        r"state\.nu\.layers\[2\]\.bias is stored as int32, but float32 was expected",
+    ),
+    (
+        "nu complex",
+        state(lambda s: B2(s.nu), jnp.ones(2, complex)),
+        r"state\.nu\.layers\[2\]\.bias is stored as complex64, but float32 was expected",
+    ),
+    (
+        "m2 None",
+        state(lambda s: B2(s.m2), None),
+        r"state\.m2\.layers\[2\]\.bias is None, but state\.nu has a float32 array",
+    ),
+    (
+        "m2 a function",
+        state(lambda s: B2(s.m2), jnp.tanh),
+        r"state\.m2\.layers\[2\]\.bias is the function `tanh`, but state\.nu",
+    ),
+    (
+        "m1 of another structure",
+        state(lambda s: s.m1, [jnp.ones(2)]),
+        r"state\.m1 is a list of length 1, but state\.m2 has an `MLP` there: the moments of one",
+    ),
+    (
+        "count a float",
+        state(lambda s: s.count, jnp.asarray(1.0)),
+        r"state\.count is a float32 array of shape \(\), "
+        r"but an int32 array of shape \(\) was expected",
+    ),
+    (
+        "batched",
+        lambda: update(
+            OPTIM,
+            GRADS,
+            eqx.filter_vmap(lambda _: init(OPTIM, MODEL))(jnp.ones(2)),
+            MODEL,
+        ),
+        r"state\.count is an int32 array of shape \(2,\), .* `eqx.filter_vmap\(update\)`",
+    ),
     ("donated", donated, r"state\.count has been deleted: its buffer was donated"),
-    ("donated parameters", donated_params, r"params\.layers\[0\]\.weight has been deleted"),
+    (
+        "donated parameters",
+        donated_params,
+        r"params\.layers\[0\]\.weight has been deleted",
+    ),
     ("donated optimizer", donated_optimizer, r"optim\.learning_rate has been deleted"),
     ("donated, hyperparams", donated_hyperparams, r"state\.count has been deleted"),
-    ("numbers in place of arrays", lambda: update(OPTIM, GRADS, jax.tree.map(lambda _: 0, STATE), MODEL), "state.count is the int 0, but an int32 array"),
-    ("numbers in all moments", lambda: update(OPTIM, GRADS, put(STATE, lambda s: (W0(s.m1), W0(s.m2), W0(s.nu)), (0, 0, 0)), MODEL), r"state\.m2\.layers\[0\]\.weight is the int 0, but state\.nu has the int 0 there: the moments of one parameter are arrays"),
-    ("hyperparams of no state", lambda: hyperparams(OPTIM, MODEL), "`state` is a `MLP`, but an `AdEMAMixState`"),
+    (
+        "numbers in place of arrays",
+        lambda: update(OPTIM, GRADS, jax.tree.map(lambda _: 0, STATE), MODEL),
+        "state.count is the int 0, but an int32 array",
+    ),
+    (
+        "numbers in all moments",
+        lambda: update(
+            OPTIM,
+            GRADS,
+            put(STATE, lambda s: (W0(s.m1), W0(s.m2), W0(s.nu)), (0, 0, 0)),
+            MODEL,
+        ),
+        r"state\.m2\.layers\[0\]\.weight is the int 0, "
+        r"but state\.nu has the int 0 there: the moments of one parameter are arrays",
+    ),
+    (
+        "hyperparams of no state",
+        lambda: hyperparams(OPTIM, MODEL),
+        "`state` is an `MLP`, but an `AdEMAMixState`",
+    ),
     # parameters
-    ("of another model", params(SWAPPED), r"params\.layers\[0\]\.weight " + SHAPE.format("5, 3", "4, 3")),
-    ("of another structure", params([jnp.ones(3)]), "params is a list of length 1, but the optimizer state has a `MLP` there"),
-    ("lost a leaf", params(put(MODEL, W0, None)), r"params\.layers\[0\]\.weight is None, but the optimizer state has a float32 array"),
-    ("a number", params(3), "params is the int 3, but the optimizer state has a `MLP` there"),
-    ("integers", params(jax.tree.map(lambda x: x.astype(int) if eqx.is_array(x) else x, MODEL)), r"params\.layers\[0\]\.weight is an int32 array of shape \(4, 3\), but the optimizer state has a float32"),
-    ("another key", lambda: OPTIM.update({"a": jnp.ones(2), "z": jnp.ones(2)}, OPTIM.init({"a": jnp.ones(2), "b": jnp.ones(2)})), "grads is a dict without the key 'b', but the optimizer state has one with it there"),
-    ("one key more", lambda: OPTIM.update({"a": jnp.ones(2), "z": jnp.ones(2)}, OPTIM.init({"a": jnp.ones(2)})), "grads is a dict with the key 'z', but the optimizer state has one without it there"),
-    ("missing", lambda: update(DECAYING, GRADS, init(DECAYING, MODEL)), "`params` is missing, but `weight_decay` is on"),
-    ("missing for an array", lambda: update(AdEMAMix(1, weight_decay=jnp.asarray(0.0)), GRADS, STATE), "`params` is missing, but `weight_decay` is on"),
-    ("nothing inexact", lambda: init(OPTIM, {"n": 3, "f": jnp.tanh, "i": jnp.ones(2, int)}), "`params` has 3 leaves, but none of them is a floating-point or complex array"),
-    ("Python floats", lambda: init(OPTIM, 1.0), "`params` has 1 leaves, but none of them is"),
+    (
+        "of another model",
+        params(SWAPPED),
+        r"params\.layers\[0\]\.weight " + SHAPE.format("5, 3", "4, 3"),
+    ),
+    (
+        "of another structure",
+        params([jnp.ones(3)]),
+        "params is a list of length 1, but the optimizer state has an `MLP` there",
+    ),
+    (
+        "lost a leaf",
+        params(put(MODEL, W0, None)),
+        r"params\.layers\[0\]\.weight is None, but the optimizer state has a float32 array",
+    ),
+    (
+        "a number",
+        params(3),
+        "params is the int 3, but the optimizer state has an `MLP` there",
+    ),
+    (
+        "integers",
+        params(jax.tree.map(lambda x: x.astype(int) if eqx.is_array(x) else x, MODEL)),
+        r"params\.layers\[0\]\.weight is an int32 array of shape \(4, 3\), "
+        r"but the optimizer state has a float32",
+    ),
+    (
+        "another key",
+        lambda: OPTIM.update(
+            {"a": jnp.ones(2), "z": jnp.ones(2)},
+            OPTIM.init({"a": jnp.ones(2), "b": jnp.ones(2)}),
+        ),
+        "grads is a dict without the key 'b', but the optimizer state has one with it there",
+    ),
+    (
+        "one key more",
+        lambda: OPTIM.update(
+            {"a": jnp.ones(2), "z": jnp.ones(2)}, OPTIM.init({"a": jnp.ones(2)})
+        ),
+        "grads is a dict with the key 'z', but the optimizer state has one without it there",
+    ),
+    (
+        "missing",
+        lambda: update(DECAYING, GRADS, init(DECAYING, MODEL)),
+        "`params` is missing, but `weight_decay` is on",
+    ),
+    (
+        "missing for an array",
+        lambda: update(AdEMAMix(1, weight_decay=jnp.asarray(0.0)), GRADS, STATE),
+        "`params` is missing, but `weight_decay` is on",
+    ),
+    (
+        "nothing inexact",
+        lambda: init(OPTIM, {"n": 3, "f": jnp.tanh, "i": jnp.ones(2, int)}),
+        "`params` has 3 leaves, but none of them is a floating-point or complex array",
+    ),
+    (
+        "Python floats",
+        lambda: init(OPTIM, 1.0),
+        "`params` has 1 leaves, but none of them is",
+    ),
     # masks
-    ("wrong structure", masked([True, False]), "weight_decay_mask is a list of length 2, but the parameters have a `MLP` there. A mask is a bool"),
-    ("too deep", masked({"w": {"x": True}}, {"w": jnp.ones(2)}), r"weight_decay_mask\['w'\] is a dict with the keys 'x', but the parameters have a float32 array of shape \(2,\) there"),
-    ("wrong inside", masked(put(decay_mask(MODEL), lambda m: m.layers[0], (True,))), r"weight_decay_mask\.layers\[0\] is a tuple of length 1, but the parameters have a `Linear` there"),
-    ("None", masked(None), r"weight_decay_mask\.layers\[0\]\.weight is None, but a bool was expected"),
-    ("a None leaf", masked(put(decay_mask(MODEL), W0, None)), r"weight_decay_mask\.layers\[0\]\.weight is None, but a bool was expected"),
-    ("no bool", masked(put(decay_mask(MODEL), W0, 1)), r"weight_decay_mask\.layers\[0\]\.weight is the int 1, but a bool was expected"),
-    ("the model", masked(MODEL), r"weight_decay_mask\.layers\[0\]\.weight is a float32 array of shape \(4, 3\), but a bool was expected"),
-    ("callable without bool", masked(lambda x: x), r"weight_decay_mask\.layers\[0\]\.weight is a float32 array of shape \(4, 3\), but a bool"),
-    ("wrong structure in update", lambda: update(AdEMAMix(1, weight_decay=0.1, weight_decay_mask=[True]), GRADS, STATE, MODEL), "weight_decay_mask is a list of length 1"),
-    ("nothing trained", frozen(False), "`trainable` selects none of the arrays of `params`"),
-    ("nothing trained by callable", frozen(lambda x: x.ndim > 5), "`trainable` selects none of the arrays of `params`"),
-    ("trainable of wrong structure", frozen({"w": True}), "trainable is a dict with the keys 'w', but the parameters have a `MLP` there"),
-    ("trainable no bool", frozen("all"), r"trainable\.layers\[0\]\.weight is the str 'all', but a bool was expected"),
-    ("unfrozen since", lambda: update(OPTIM, GRADS, init(AdEMAMix(1, trainable=lambda x: x.ndim > 1), MODEL)), r"grads\.layers\[0\]\.bias is trained \(a float32 array of shape \(4,\)\), but the optimizer state has no moment there"),
-    ("unfrozen since, params", lambda: update(OPTIM, GRADS, init(AdEMAMix(1, trainable=lambda x: x.ndim > 1), MODEL), MODEL), r"params\.layers\[0\]\.bias is trained"),
-    ("frozen since", lambda: update(AdEMAMix(1, trainable=lambda x: x.ndim > 1), GRADS, STATE, MODEL), r"params\.layers\[0\]\.bias is None, .* has `trainable` changed since `init`"),
+    (
+        "wrong structure",
+        masked([True, False]),
+        "weight_decay_mask is a list of length 2, "
+        "but the parameters have an `MLP` there. A mask is a bool",
+    ),
+    (
+        "too deep",
+        masked({"w": {"x": True}}, {"w": jnp.ones(2)}),
+        r"weight_decay_mask\['w'\] is a dict with the keys 'x', "
+        r"but the parameters have a float32 array of shape \(2,\) there",
+    ),
+    (
+        "wrong inside",
+        masked(put(decay_mask(MODEL), lambda m: m.layers[0], (True,))),
+        r"weight_decay_mask\.layers\[0\] is a tuple of length 1, "
+        r"but the parameters have a `Linear` there",
+    ),
+    (
+        "None",
+        masked(None),
+        r"weight_decay_mask\.layers\[0\]\.weight is None, but a bool was expected",
+    ),
+    (
+        "a None leaf",
+        masked(put(decay_mask(MODEL), W0, None)),
+        r"weight_decay_mask\.layers\[0\]\.weight is None, but a bool was expected",
+    ),
+    (
+        "no bool",
+        masked(put(decay_mask(MODEL), W0, 1)),
+        r"weight_decay_mask\.layers\[0\]\.weight is the int 1, but a bool was expected",
+    ),
+    (
+        "the model",
+        masked(MODEL),
+        r"weight_decay_mask\.layers\[0\]\.weight is a float32 array of shape \(4, 3\), "
+        r"but a bool was expected",
+    ),
+    (
+        "callable without bool",
+        masked(lambda x: x),
+        r"weight_decay_mask\.layers\[0\]\.weight is a float32 array of shape \(4, 3\), but a bool",
+    ),
+    (
+        "wrong structure in update",
+        lambda: update(
+            AdEMAMix(1, weight_decay=0.1, weight_decay_mask=[True]), GRADS, STATE, MODEL
+        ),
+        "weight_decay_mask is a list of length 1",
+    ),
+    (
+        "nothing trained",
+        frozen(False),
+        "`trainable` selects none of the arrays of `params`",
+    ),
+    (
+        "nothing trained by callable",
+        frozen(lambda x: x.ndim > 5),
+        "`trainable` selects none of the arrays of `params`",
+    ),
+    (
+        "trainable of wrong structure",
+        frozen({"w": True}),
+        "trainable is a dict with the keys 'w', but the parameters have an `MLP` there",
+    ),
+    (
+        "trainable no bool",
+        frozen("all"),
+        r"trainable\.layers\[0\]\.weight is the str 'all', but a bool was expected",
+    ),
+    (
+        "unfrozen since",
+        lambda: update(
+            OPTIM, GRADS, init(AdEMAMix(1, trainable=lambda x: x.ndim > 1), MODEL)
+        ),
+        r"grads\.layers\[0\]\.bias is trained \(a float32 array of shape \(4,\)\), "
+        r"but the optimizer state has no moment there",
+    ),
+    (
+        "unfrozen since, params",
+        lambda: update(
+            OPTIM,
+            GRADS,
+            init(AdEMAMix(1, trainable=lambda x: x.ndim > 1), MODEL),
+            MODEL,
+        ),
+        r"params\.layers\[0\]\.bias is trained",
+    ),
+    (
+        "frozen since",
+        lambda: update(
+            AdEMAMix(1, trainable=lambda x: x.ndim > 1), GRADS, STATE, MODEL
+        ),
+        r"params\.layers\[0\]\.bias is None, .* has `trainable` changed since then",
+    ),
     # hyperparameters
-    ("b1 of 1", make(1e-3, b1=1.0), r"`b1` is 1.0, but a number in \[0, 1\) was expected"),
+    (
+        "b1 of 1",
+        make(1e-3, b1=1.0),
+        r"`b1` is 1.0, but a number in \[0, 1\) was expected",
+    ),
     ("b2 negative", make(1e-3, b2=-0.1), r"`b2` is -0.1, but a number in \[0, 1\)"),
-    ("b3 over 1", make(1e-3, b3=jnp.asarray(1.5)), r"`b3` is 1.5, but a number in \[0, 1\)"),
-    ("b3 rounds to 1", make(1e-3, b3=np.asarray(1 - 1e-9)), r"`b3` is 0.999999999 \(1.0 in float32\), but a number in \[0, 1\)"),
-    ("alpha negative", make(1e-3, alpha=-1), "`alpha` is -1.0, but a finite number >= 0"),
-    ("alpha infinite", make(1e-3, alpha=float("inf")), "`alpha` is inf, but a finite number >= 0"),
-    ("learning rate NaN", make(float("nan")), "`learning_rate` is nan, but a finite number was expected"),
-    ("learning rate infinite", make(jnp.asarray(jnp.inf)), "`learning_rate` is inf, but a finite number"),
-    ("eps negative", make(1e-3, eps=-1e-8), "`eps` is -1e-08, but a finite number >= 0"),
+    (
+        "b3 over 1",
+        make(1e-3, b3=jnp.asarray(1.5)),
+        r"`b3` is 1.5, but a number in \[0, 1\)",
+    ),
+    (
+        "b3 rounds to 1",
+        make(1e-3, b3=np.asarray(1 - 1e-9)),
+        r"`b3` is 0.999999999 \(1.0 in float32\), but a number in \[0, 1\)",
+    ),
+    (
+        "alpha negative",
+        make(1e-3, alpha=-1),
+        "`alpha` is -1.0, but a finite number >= 0",
+    ),
+    (
+        "alpha infinite",
+        make(1e-3, alpha=float("inf")),
+        "`alpha` is inf, but a finite number >= 0",
+    ),
+    (
+        "learning rate NaN",
+        make(float("nan")),
+        "`learning_rate` is nan, but a finite number was expected",
+    ),
+    (
+        "learning rate infinite",
+        make(jnp.asarray(jnp.inf)),
+        "`learning_rate` is inf, but a finite number",
+    ),
+    (
+        "eps negative",
+        make(1e-3, eps=-1e-8),
+        "`eps` is -1e-08, but a finite number >= 0",
+    ),
     ("eps_root NaN", make(1e-3, eps_root=np.nan), "`eps_root` is nan"),
-    ("both eps 0", make(1e-3, eps=0), "`eps` and `eps_root` are both 0, but one must be positive"),
+    (
+        "both eps 0",
+        make(1e-3, eps=0),
+        "`eps` and `eps_root` are both 0, but one must be positive",
+    ),
     ("weight decay negative", make(1e-3, weight_decay=-0.1), "`weight_decay` is -0.1"),
-    ("not scalar", make(jnp.ones(16)), r"`learning_rate` has shape \(16,\), but a scalar was expected. For a sweep, .*`eqx.filter_vmap`"),
-    ("not scalar b1", make(1e-3, b1=np.ones((1,)) / 2), r"`b1` has shape \(1,\), but a scalar"),
-    ("a string", make("1e-3"), "`learning_rate` is the str '1e-3', but a finite number was expected"),
+    (
+        "not scalar",
+        make(jnp.ones(16)),
+        r"`learning_rate` has shape \(16,\), "
+        r"but a scalar was expected. For a sweep, .*`eqx.filter_vmap`",
+    ),
+    (
+        "not scalar b1",
+        make(1e-3, b1=np.ones((1,)) / 2),
+        r"`b1` has shape \(1,\), but a scalar",
+    ),
+    (
+        "a string",
+        make("1e-3"),
+        "`learning_rate` is the str '1e-3', but a finite number was expected",
+    ),
     ("None", make(1e-3, b2=None), "`b2` is None, but a number"),
     ("a bool", make(1e-3, alpha=True), "`alpha` is the bool True"),
-    ("complex", make(1e-3, alpha=jnp.asarray(1j)), "`alpha` has dtype complex64, but a real number"),
-    ("a schedule for b1", make(1e-3, b1=lambda count: 0.9), "`b1` is the function `<lambda>`, but a number"),
-    ("16-bit b1", make(1e-3, b1=BF16), "`b1` is a bfloat16 array of shape .*hyperparam_dtype=jnp.float32"),
-    ("16-bit b2", make(1e-3, b2=np.float16(0.9)), "`b2` is a float16 array of shape .*0.9999 rounds to 1 in float16"),
+    (
+        "complex",
+        make(1e-3, alpha=jnp.asarray(1j)),
+        "`alpha` has dtype complex64, but a real number",
+    ),
+    (
+        "a schedule for b1",
+        make(1e-3, b1=lambda count: 0.9),
+        "`b1` is the function `<lambda>`, but a number",
+    ),
+    (
+        "16-bit b1",
+        make(1e-3, b1=BF16),
+        "`b1` is a bfloat16 array of shape .*hyperparam_dtype=jnp.float32",
+    ),
+    (
+        "16-bit b2",
+        make(1e-3, b2=np.float16(0.9)),
+        "`b2` is a float16 array of shape .*0.9999 rounds to 1 in float16",
+    ),
     ("16-bit b3", make(1e-3, b3=BF16), "`b3` is a bfloat16 array"),
-    ("too large for float32", make(1e39), r"`learning_rate` is 1e\+39 \(inf in float32\), but a finite number"),
-    ("an int too large", make(1e-3, alpha=10**400), "`alpha` is inf, but a finite number >= 0"),
-    ("swapped schedules", make(1e-3, b3=eqx_ademamix.alpha_scheduler(1.0)), "`b3` is an `AlphaSchedule`, .* swapped"),
-    ("8-bit b1", make(1e-3, b1=jnp.asarray(0.5, jnp.float8_e4m3fn)), "`b1` is a float8_e4m3fn array"),
-    ("format", make(1e-3, state_format=jnp.float32), "`state_format` is .*, but a `StateFormat` was expected"),
-    ("format of integers", lambda: StateFormat(jnp.int8, jnp.float32, jnp.float32), r"`StateFormat\(m1=...\)` is .*, but one of the dtypes float16, bfloat16"),
-    ("format of nothing", lambda: StateFormat(None, None, None), r"`StateFormat\(m1=...\)` is None"),
-    ("codec class", lambda: StateFormat(ScaledFloat8, ScaledFloat16, ScaledFloat8), r"`StateFormat\(m1=...\)` is the class `ScaledFloat8`, but one of the dtypes"),
-    ("codec without sign", lambda: StateFormat(jnp.float32, ScaledFloat16(signed=False), jnp.float32), r"`StateFormat\(m2=...\)` is ScaledFloat16\(.*\), which has no negative numbers. Leave out `signed=False`"),
-    ("min_size a bool", lambda: StateFormat(jnp.float32, jnp.float32, jnp.float32, min_size=True), "`min_size` is the bool True, but an integer >= 0 was expected"),
-    ("min_size negative", lambda: StateFormat(jnp.float32, jnp.float32, jnp.float32, min_size=-1), "`min_size` is the int -1, but an integer >= 0"),
-    ("block_size 0", lambda: ScaledFloat16(0), r"`ScaledFloat16\(block_size=...\)` is the int 0, but a positive integer was expected"),
-    ("block_size a float", lambda: ScaledFloat8(256.0), r"`ScaledFloat8\(block_size=...\)` is the float 256.0, but a positive integer"),
-    ("encoded, but float32 expected", lambda: update(OPTIM, GRADS, COMPACT_STATE, MODEL), r"state\.m1\.layers\[0\]\.weight is stored as ScaledFloat8\(.*\), but float32 was expected for this parameter and `state_format`"),
-    ("float32, but encoded expected", lambda: update(COMPACT, GRADS, STATE), r"state\.m1\.layers\[0\]\.weight is stored as float32, but ScaledFloat8\(block_size=256, signed=True\) was expected"),
-    ("another codec", lambda: update(COMPACT, GRADS, put(COMPACT_STATE, lambda s: B2(s.nu), ScaledFloat8().zeros(jnp.ones(2))), MODEL), r"state\.nu\.layers\[2\]\.bias is stored as ScaledFloat8\(block_size=256, signed=True\), but ScaledFloat8\(block_size=256, signed=False\) was"),
-    ("codes of another dtype", lambda: update(COMPACT, GRADS, put(COMPACT_STATE, lambda s: B2(s.m2).real[0], jnp.zeros(2, jnp.int8)), MODEL), r"state\.m2\.layers\[2\]\.bias is stored as ScaledFloat16\(.*\) with the arrays int8\[2\], uint8\[1\], uint32\[\], but"),
-    ("codes of another shape", lambda: update(COMPACT, GRADS, put(COMPACT_STATE, lambda s: B2(s.m2).real[0], jnp.zeros(3, jnp.int16)), MODEL), r"state\.m2\.layers\[2\]\.bias is a ScaledFloat16 moment of shape \(3,\), but state\.nu has a ScaledFloat8 moment of shape \(2,\)"),
-    ("an imaginary part more", lambda: update(COMPACT, GRADS, eqx.tree_at(lambda s: W0(s.m1).imag, COMPACT_STATE, W0(COMPACT_STATE.m1).real, is_leaf=is_none), MODEL), r"state\.m1\.layers\[0\]\.weight is stored as ScaledFloat8\(.*\) with the arrays int8\[4, 3\], uint8\[1\], int8\[4, 3\], uint8\[1\], but"),
-    ("a part lost", lambda: update(COMPACT, GRADS, put(COMPACT_STATE, lambda s: W0(s.m1).real[1], None), MODEL), r"state\.m1\.layers\[0\]\.weight is stored as ScaledFloat8\(.*\) with the arrays int8\[4, 3\], None\[\], but"),
-    ("all parts lost", lambda: update(COMPACT, GRADS, put(COMPACT_STATE, lambda s: W0(s.m1).real, ()), MODEL), r"state\.m1\.layers\[0\]\.weight is a ScaledFloat8 moment of shape \(\), but state\.m2"),
-    ("codec with a leaf", lambda: StateFormat(Untupled(2.0), jnp.float32, jnp.float32), r"`StateFormat\(m1=...\)` is an `Untupled` with fields that are not static"),
-    ("codec with an array", lambda: StateFormat(jnp.float32, jnp.float32, Untupled(static=[1.0])), r"`StateFormat\(nu=...\)` is an `Untupled` with fields that are not static"),
-    ("codec without a tuple", lambda: init(AdEMAMix(1, state_format=StateFormat(Untupled(), jnp.float32, jnp.float32, min_size=0)), MODEL), r"`Untupled.encode_real` returned .* for an array of shape \(4, 3\), but a tuple was expected"),
-    ("encoded, of another model", lambda: update(COMPACT, GRADS, init(COMPACT, SWAPPED), MODEL), r"params\.layers\[0\]\.weight " + SHAPE.format("4, 3", "5, 3")),
-    ("encoded moments on trees", lambda: eqx_ademamix.tree_update_moment(GRADS, COMPACT_STATE.m1, 0.9, 1), "`moments` has ScaledFloat8 moments, but this function takes arrays"),
-    ("encoded moments to correct", lambda: eqx_ademamix.tree_bias_correction(COMPACT_STATE.m1, 0.9, 1), "`moment` has ScaledFloat8 moments, but this function takes arrays"),
-    ("report of a model", lambda: eqx_ademamix.state_report(MODEL), "`state` is a `MLP` with no states of AdEMAMix in it, but one was expected"),
+    (
+        "too large for float32",
+        make(1e39),
+        r"`learning_rate` is 1e\+39 \(inf in float32\), but a finite number",
+    ),
+    (
+        "an int too large",
+        make(1e-3, alpha=10**400),
+        "`alpha` is inf, but a finite number >= 0",
+    ),
+    (
+        "swapped schedules",
+        make(1e-3, b3=eqx_ademamix.alpha_scheduler(1.0)),
+        "`b3` is an `AlphaSchedule`, .* swapped",
+    ),
+    (
+        "8-bit b1",
+        make(1e-3, b1=jnp.asarray(0.5, jnp.float8_e4m3fn)),
+        "`b1` is a float8_e4m3fn array",
+    ),
+    (
+        "format",
+        make(1e-3, state_format=jnp.float32),
+        "`state_format` is .*, but a `StateFormat` was expected",
+    ),
+    (
+        "format of integers",
+        lambda: StateFormat(jnp.int8, jnp.float32, jnp.float32),
+        r"`StateFormat\(m1=...\)` is .*, but one of the dtypes float16, bfloat16",
+    ),
+    (
+        "format of nothing",
+        lambda: StateFormat(None, None, None),
+        r"`StateFormat\(m1=...\)` is None",
+    ),
+    (
+        "codec class",
+        lambda: StateFormat(ScaledFloat8, ScaledFloat16, ScaledFloat8),
+        r"`StateFormat\(m1=...\)` is the class `ScaledFloat8`, but one of the dtypes",
+    ),
+    (
+        "codec without sign",
+        lambda: StateFormat(jnp.float32, ScaledFloat16(signed=False), jnp.float32),
+        r""
+        r"`StateFormat\(m2=...\)` is ScaledFloat16\(.*\), which has no negative numbers. "
+        r"Leave out `signed=False`",
+    ),
+    (
+        "min_size a bool",
+        lambda: StateFormat(jnp.float32, jnp.float32, jnp.float32, min_size=True),
+        "`min_size` is the bool True, but an integer >= 0 was expected",
+    ),
+    (
+        "min_size negative",
+        lambda: StateFormat(jnp.float32, jnp.float32, jnp.float32, min_size=-1),
+        "`min_size` is the int -1, but an integer >= 0",
+    ),
+    (
+        "block_size 0",
+        lambda: ScaledFloat16(0),
+        r"`ScaledFloat16\(block_size=...\)` is the int 0, but a positive integer was expected",
+    ),
+    (
+        "block_size a float",
+        lambda: ScaledFloat8(256.0),
+        r"`ScaledFloat8\(block_size=...\)` is the float 256.0, but a positive integer",
+    ),
+    (
+        "encoded, but float32 expected",
+        lambda: update(OPTIM, GRADS, COMPACT_STATE, MODEL),
+        r"state\.m1\.layers\[0\]\.weight is stored as ScaledFloat8\(.*\), "
+        r"but float32 was expected for this parameter and `state_format`",
+    ),
+    (
+        "float32, but encoded expected",
+        lambda: update(COMPACT, GRADS, STATE),
+        r"state\.m1\.layers\[0\]\.weight is stored as float32, "
+        r"but ScaledFloat8\(block_size=256, signed=True\) was expected",
+    ),
+    (
+        "another codec",
+        lambda: update(
+            COMPACT,
+            GRADS,
+            put(COMPACT_STATE, lambda s: B2(s.nu), ScaledFloat8().zeros(jnp.ones(2))),
+            MODEL,
+        ),
+        r"state\.nu\.layers\[2\]\.bias is stored as ScaledFloat8\(block_size=256, signed=True\), "
+        r"but ScaledFloat8\(block_size=256, signed=False\) was",
+    ),
+    (
+        "codes of another dtype",
+        lambda: update(
+            COMPACT,
+            GRADS,
+            put(COMPACT_STATE, lambda s: B2(s.m2).real[0], jnp.zeros(2, jnp.int8)),
+            MODEL,
+        ),
+        r""
+        r"state\.m2\.layers\[2\]\.bias is stored as ScaledFloat16\(.*\) with the arrays "
+        r"int8\[2\], uint8\[1\], uint32\[\], but",
+    ),
+    (
+        "codes of another shape",
+        lambda: update(
+            COMPACT,
+            GRADS,
+            put(COMPACT_STATE, lambda s: B2(s.m2).real[0], jnp.zeros(3, jnp.int16)),
+            MODEL,
+        ),
+        r"state\.m2\.layers\[2\]\.bias is a ScaledFloat16 moment of shape \(3,\), "
+        r"but state\.nu has a ScaledFloat8 moment of shape \(2,\)",
+    ),
+    (
+        "an imaginary part more",
+        lambda: update(
+            COMPACT,
+            GRADS,
+            eqx.tree_at(
+                lambda s: W0(s.m1).imag,
+                COMPACT_STATE,
+                W0(COMPACT_STATE.m1).real,
+                is_leaf=is_none,
+            ),
+            MODEL,
+        ),
+        r""
+        r"state\.m1\.layers\[0\]\.weight is stored as ScaledFloat8\(.*\) with the arrays "
+        r"int8\[4, 3\], uint8\[1\], int8\[4, 3\], uint8\[1\], but",
+    ),
+    (
+        "a part lost",
+        lambda: update(
+            COMPACT, GRADS, put(COMPACT_STATE, lambda s: W0(s.m1).real[1], None), MODEL
+        ),
+        r""
+        r"state\.m1\.layers\[0\]\.weight is stored as ScaledFloat8\(.*\) with the arrays "
+        r"int8\[4, 3\], None\[\], but",
+    ),
+    (
+        "all parts lost",
+        lambda: update(
+            COMPACT, GRADS, put(COMPACT_STATE, lambda s: W0(s.m1).real, ()), MODEL
+        ),
+        r"state\.m1\.layers\[0\]\.weight is a ScaledFloat8 moment of shape \(\), but state\.m2",
+    ),
+    (
+        "codec with a leaf",
+        lambda: StateFormat(Untupled(2.0), jnp.float32, jnp.float32),
+        r"`StateFormat\(m1=...\)` is an `Untupled` with fields that are not static",
+    ),
+    (
+        "codec with an array",
+        lambda: StateFormat(jnp.float32, jnp.float32, Untupled(static=[1.0])),
+        r"`StateFormat\(nu=...\)` is an `Untupled` with fields that are not static",
+    ),
+    (
+        "codec without a tuple",
+        lambda: init(
+            AdEMAMix(
+                1,
+                state_format=StateFormat(
+                    Untupled(), jnp.float32, jnp.float32, min_size=0
+                ),
+            ),
+            MODEL,
+        ),
+        r"`Untupled.encode_real` returned .* for an array of shape \(4, 3\), "
+        r"but a tuple was expected",
+    ),
+    (
+        "encoded, of another model",
+        lambda: update(COMPACT, GRADS, init(COMPACT, SWAPPED), MODEL),
+        r"params\.layers\[0\]\.weight " + SHAPE.format("4, 3", "5, 3"),
+    ),
+    (
+        "encoded moments on trees",
+        lambda: eqx_ademamix.tree_update_moment(GRADS, COMPACT_STATE.m1, 0.9, 1),
+        "`moments` has ScaledFloat8 moments, but this function takes arrays",
+    ),
+    (
+        "encoded moments to correct",
+        lambda: eqx_ademamix.tree_bias_correction(COMPACT_STATE.m1, 0.9, 1),
+        "`moment` has ScaledFloat8 moments, but this function takes arrays",
+    ),
+    (
+        "report of a model",
+        lambda: eqx_ademamix.state_report(MODEL),
+        "`state` is an `MLP` with no states of AdEMAMix in it, but one was expected",
+    ),
     # Compensated
-    ("no optimizer", lambda: Compensated(1e-3), "`optim` is the float 0.001, but an optimizer with the methods `init` and `update`"),
-    ("an optimizer's class", lambda: Compensated(AdEMAMix), "`optim` is the class `AdEMAMix`, but an optimizer"),
-    ("bits", lambda: Compensated(OPTIM, bits=12), "`bits` is the int 12, but 8 or 16 was expected"),
-    ("no params", lambda: update(COMPENSATED, GRADS16, STATE16), "`params` is missing, but `Compensated` needs the parameters"),
-    ("cast since", lambda: update(COMPENSATED, GRADS16, STATE16, MODEL), r"params\.layers\[0\]\.weight has dtype float32, but the state keeps a remainder for bfloat16 there"),
-    ("cast since, to another 16 bits", lambda: update(COMPENSATED, GRADS16, STATE16, half(MODEL, jnp.float16)), r"params\.layers\[0\]\.weight has dtype float16, but the state keeps a remainder for bfloat16 there"),
-    ("cast since, from float32", lambda: update(COMPENSATED, GRADS16, init(COMPENSATED, MODEL), MODEL16), r"params\.layers\[0\]\.weight has dtype bfloat16, but the state keeps no remainder for it"),
-    ("no remainders", lambda: update(COMPENSATED, GRADS16, put(STATE16, lambda s: s.remainder, None), MODEL16), "state.remainder is None, but it has the structure of the parameters"),
-    ("gradients that broadcast, optax", lambda: update(SGD, put(GRADS16, W0, jnp.ones(3)), SGD_STATE, MODEL16), r"grads\.layers\[0\]\.weight has shape \(3,\), but the optimizer state has \(4, 3\)"),
-    ("complex gradients, optax", lambda: update(SGD, put(GRADS16, W0, jnp.ones((4, 3), complex)), SGD_STATE, MODEL16), r"grads\.layers\[0\]\.weight has dtype complex64, but the optimizer state is for a real"),
-    ("no gradient, optax", lambda: update(SGD, put(GRADS16, W0, None), SGD_STATE, MODEL16), r"grads\.layers\[0\]\.weight is None, but the optimizer state has an int16 array"),
-    ("nothing to train, Compensated", lambda: init(COMPENSATED, {"n": 3}), "`params` has 1 leaves, but none of them is a floating-point"),
-    ("hyperparams of Compensated", lambda: hyperparams(COMPENSATED, STATE16), r"`optim` is a `Compensated`, which wraps an optimizer, .* Pass `optim.optim`, and with it `state.inner_state`"),
-    ("extend Compensated", lambda: eqx_ademamix.extend(COMPENSATED, STATE16, warmup=9), "`optim` is a `Compensated`, which wraps an optimizer"),
-    ("bits a float", lambda: Compensated(OPTIM, bits=16.0), "`bits` is the float 16.0, but 8 or 16 was expected"),
-    ("other bits", lambda: update(Compensated(OPTIM, bits=8), GRADS16, STATE16, MODEL16), r"state\.remainder\.layers\[0\]\.weight has dtype int16, but int8 was expected at `bits=8`"),
-    ("state of the wrapped", lambda: update(COMPENSATED, GRADS16, STATE, MODEL16), "`state` is an `AdEMAMixState`, but a `CompensatedState` was expected"),
-    ("Compensated, another model", lambda: update(COMPENSATED, GRADS16, STATE16, half(SWAPPED)), r"params\.layers\[0\]\.weight has shape \(5, 3\), but the optimizer state has \(4, 3\)"),
-    ("Compensated, gradients", lambda: update(COMPENSATED, put(GRADS16, W0, jnp.ones((4, 1))), STATE16, MODEL16), r"grads\.layers\[0\]\.weight has shape \(4, 1\), but the optimizer state has \(4, 3\)"),
-    ("Compensated, swapped", lambda: update(COMPENSATED, STATE16, GRADS16, MODEL16), "`grads` is a `CompensatedState`: were `grads` and `state` swapped"),
-    ("Compensated, master of another", lambda: COMPENSATED.master_params(MODEL, STATE16), r"params\.layers\[0\]\.weight has dtype float32, but the state keeps a remainder for bfloat16"),
-    ("format of float64", lambda: StateFormat(jnp.float32, jnp.float64, jnp.float32), "is float64, but JAX has 64-bit types disabled"),
+    (
+        "no optimizer",
+        lambda: Compensated(1e-3),
+        "`optim` is the float 0.001, but an optimizer with the methods `init` and `update`",
+    ),
+    (
+        "an optimizer's class",
+        lambda: Compensated(AdEMAMix),
+        "`optim` is the class `AdEMAMix`, but an optimizer",
+    ),
+    (
+        "bits",
+        lambda: Compensated(OPTIM, bits=12),
+        "`bits` is the int 12, but 8 or 16 was expected",
+    ),
+    (
+        "no params",
+        lambda: update(COMPENSATED, GRADS16, STATE16),
+        "`params` is missing, but `Compensated` needs the parameters",
+    ),
+    (
+        "cast since",
+        lambda: update(COMPENSATED, GRADS16, STATE16, MODEL),
+        r"params\.layers\[0\]\.weight has dtype float32, "
+        r"but the state keeps a remainder for bfloat16 there",
+    ),
+    (
+        "cast since, to another 16 bits",
+        lambda: update(COMPENSATED, GRADS16, STATE16, half(MODEL, jnp.float16)),
+        r"params\.layers\[0\]\.weight has dtype float16, "
+        r"but the state keeps a remainder for bfloat16 there",
+    ),
+    (
+        "cast since, from float32",
+        lambda: update(COMPENSATED, GRADS16, init(COMPENSATED, MODEL), MODEL16),
+        r"params\.layers\[0\]\.weight has dtype bfloat16, but the state keeps no remainder for it",
+    ),
+    (
+        "no remainders",
+        lambda: update(
+            COMPENSATED, GRADS16, put(STATE16, lambda s: s.remainder, None), MODEL16
+        ),
+        "state.remainder is None, but it has the structure of the parameters",
+    ),
+    (
+        "gradients that broadcast, optax",
+        lambda: update(SGD, put(GRADS16, W0, jnp.ones(3)), SGD_STATE, MODEL16),
+        r"grads\.layers\[0\]\.weight has shape \(3,\), but the optimizer state has \(4, 3\)",
+    ),
+    (
+        "complex gradients, optax",
+        lambda: update(
+            SGD, put(GRADS16, W0, jnp.ones((4, 3), complex)), SGD_STATE, MODEL16
+        ),
+        r"grads\.layers\[0\]\.weight has dtype complex64, but the optimizer state is for a real",
+    ),
+    (
+        "no gradient, optax",
+        lambda: update(SGD, put(GRADS16, W0, None), SGD_STATE, MODEL16),
+        r"grads\.layers\[0\]\.weight is None, but the optimizer state has an int16 array",
+    ),
+    (
+        "nothing to train, Compensated",
+        lambda: init(COMPENSATED, {"n": 3}),
+        "`params` has 1 leaves, but none of them is a floating-point",
+    ),
+    (
+        "hyperparams of Compensated",
+        lambda: hyperparams(COMPENSATED, STATE16),
+        r""
+        r"`optim` is a `Compensated`, which wraps an optimizer, .* Pass `optim.optim`, "
+        r"and with it `state.inner_state`",
+    ),
+    (
+        "extend SimplifiedAdEMAMix",
+        lambda: eqx_ademamix.extend(SIMPLIFIED, init(SIMPLIFIED, MODEL), warmup=9),
+        "`optim` is a `SimplifiedAdEMAMix`, but this function supports only an `AdEMAMix`",
+    ),
+    (
+        "extend Compensated",
+        lambda: eqx_ademamix.extend(COMPENSATED, STATE16, warmup=9),
+        "`optim` is a `Compensated`, which wraps an optimizer",
+    ),
+    (
+        "bits a float",
+        lambda: Compensated(OPTIM, bits=16.0),
+        "`bits` is the float 16.0, but 8 or 16 was expected",
+    ),
+    (
+        "other bits",
+        lambda: update(Compensated(OPTIM, bits=8), GRADS16, STATE16, MODEL16),
+        r"state\.remainder\.layers\[0\]\.weight has dtype int16, but int8 was expected at `bits=8`",
+    ),
+    (
+        "state of the wrapped",
+        lambda: update(COMPENSATED, GRADS16, STATE, MODEL16),
+        "`state` is an `AdEMAMixState`, but a `CompensatedState` was expected",
+    ),
+    (
+        "Compensated, another model",
+        lambda: update(COMPENSATED, GRADS16, STATE16, half(SWAPPED)),
+        r"params\.layers\[0\]\.weight has shape \(5, 3\), but the optimizer state has \(4, 3\)",
+    ),
+    (
+        "Compensated, gradients",
+        lambda: update(
+            COMPENSATED, put(GRADS16, W0, jnp.ones((4, 1))), STATE16, MODEL16
+        ),
+        r"grads\.layers\[0\]\.weight has shape \(4, 1\), but the optimizer state has \(4, 3\)",
+    ),
+    (
+        "Compensated, swapped",
+        lambda: update(COMPENSATED, STATE16, GRADS16, MODEL16),
+        "`grads` is a `CompensatedState`: were `grads` and `state` swapped",
+    ),
+    (
+        "Compensated, master of another",
+        lambda: COMPENSATED.master_params(MODEL, STATE16),
+        r"params\.layers\[0\]\.weight has dtype float32, "
+        r"but the state keeps a remainder for bfloat16",
+    ),
+    (
+        "format of float64",
+        lambda: StateFormat(jnp.float32, jnp.float64, jnp.float32),
+        "is float64, but JAX has 64-bit types disabled",
+    ),
     # schedules
-    ("16-bit b3", scheduled("b3", lambda count: BF16), r"`b3\(count\)` is a bfloat16 array"),
-    ("16-bit b3 since", lambda: update(eqx.tree_at(lambda o: o.b3, OPTIM, BF16), GRADS, STATE), "`b3` is a bfloat16 array"),
-    ("alpha of shape (3,)", scheduled("alpha", lambda count: jnp.ones(3)), r"`alpha\(count\)` has shape \(3,\), but a scalar was expected"),
-    ("learning rate None", scheduled("learning_rate", lambda count: None), r"`learning_rate\(count\)` is None, but a real number was expected"),
-    ("b3 complex", scheduled("b3", lambda count: jnp.asarray(1j)), r"`b3\(count\)` has dtype complex64"),
-    ("learning rate batched since", lambda: update(eqx.tree_at(lambda o: o.alpha, OPTIM, jnp.ones(4)), GRADS, STATE), r"`alpha` has shape \(4,\), but a scalar"),
-)  # fmt: skip
+    (
+        "16-bit b3",
+        scheduled("b3", lambda count: BF16),
+        r"`b3\(count\)` is a bfloat16 array",
+    ),
+    (
+        "16-bit b3 since",
+        lambda: update(eqx.tree_at(lambda o: o.b3, OPTIM, BF16), GRADS, STATE),
+        "`b3` is a bfloat16 array",
+    ),
+    (
+        "alpha of shape (3,)",
+        scheduled("alpha", lambda count: jnp.ones(3)),
+        r"`alpha\(count\)` has shape \(3,\), but a scalar was expected",
+    ),
+    (
+        "learning rate None",
+        scheduled("learning_rate", lambda count: None),
+        r"`learning_rate\(count\)` is None, but a real number was expected",
+    ),
+    (
+        "b3 complex",
+        scheduled("b3", lambda count: jnp.asarray(1j)),
+        r"`b3\(count\)` has dtype complex64",
+    ),
+    (
+        "learning rate batched since",
+        lambda: update(
+            eqx.tree_at(lambda o: o.alpha, OPTIM, jnp.ones(4)), GRADS, STATE
+        ),
+        r"`alpha` has shape \(4,\), but a scalar",
+    ),
+)
 
 
 @pytest.mark.parametrize(
@@ -320,15 +1016,43 @@ def test_one_sentence(call: Any, text: str):
 
 
 JITTED = (
-    ("shape", lambda g, s, p: (put(g, W0, jnp.ones((4, 1))), s, p), r"grads\.layers\[0\]\.weight has shape \(4, 1\)"),
-    ("None", lambda g, s, p: (put(g, W0, None), s, p), r"grads\.layers\[0\]\.weight is None"),
-    ("integers", lambda g, s, p: (put(g, W0, jnp.ones((4, 3), int)), s, p), r"grads\.layers\[0\]\.weight is an int32"),
+    (
+        "shape",
+        lambda g, s, p: (put(g, W0, jnp.ones((4, 1))), s, p),
+        r"grads\.layers\[0\]\.weight has shape \(4, 1\)",
+    ),
+    (
+        "None",
+        lambda g, s, p: (put(g, W0, None), s, p),
+        r"grads\.layers\[0\]\.weight is None",
+    ),
+    (
+        "integers",
+        lambda g, s, p: (put(g, W0, jnp.ones((4, 3), int)), s, p),
+        r"grads\.layers\[0\]\.weight is an int32",
+    ),
     ("swapped", lambda g, s, p: (s, g, p), "were `grads` and `state` swapped"),
-    ("state dtype", lambda g, s, p: (g, put(s, lambda s: W0(s.m2), jnp.ones((4, 3), jnp.bfloat16)), p), r"state\.m2\.layers\[0\]\.weight is stored as bfloat16"),
-    ("state shape", lambda g, s, p: (g, put(s, lambda s: W0(s.nu), jnp.ones((3,))), p), r"state\.m2\.layers\[0\]\.weight is .*, but state\.nu has a float32 array of shape \(3,\)"),
+    (
+        "state dtype",
+        lambda g, s, p: (
+            g,
+            put(s, lambda s: W0(s.m2), jnp.ones((4, 3), jnp.bfloat16)),
+            p,
+        ),
+        r"state\.m2\.layers\[0\]\.weight is stored as bfloat16",
+    ),
+    (
+        "state shape",
+        lambda g, s, p: (g, put(s, lambda s: W0(s.nu), jnp.ones((3,))), p),
+        r"state\.m2\.layers\[0\]\.weight is .*, but state\.nu has a float32 array of shape \(3,\)",
+    ),
     ("no params", lambda g, s, p: (g, s, None), "`params` is missing"),
-    ("other params", lambda g, s, p: (g, s, SWAPPED), r"params\.layers\[0\]\.weight has shape \(5, 3\)"),
-)  # fmt: skip
+    (
+        "other params",
+        lambda g, s, p: (g, s, SWAPPED),
+        r"params\.layers\[0\]\.weight has shape \(5, 3\)",
+    ),
+)
 
 
 @pytest.mark.parametrize(
@@ -370,25 +1094,49 @@ def test_the_net_behind_our_checks():
     """If a call bypasses the checks, jaxtyping still checks every leaf in the core."""
     from jaxtyping import TypeCheckError
 
-    from eqx_ademamix import _ademamix
+    from eqx_ademamix import _step
 
-    core: Any = _ademamix._step
-    good: Any = [GRADS, STATE.m2, STATE.nu, STATE.m1, None]
-    is_decayed = jax.tree.map(lambda _: False, GRADS)
-    rest = is_decayed, OPTIM._resolved(STATE), STATE.count
-    assert len(core(*good, *rest)) == 4
-    for i, name in ((1, "m2"), (2, "nu"), (3, "m1")):
+    def core(*leaves: Any) -> Any:
+        rest = OPTIM.resolve(STATE), (STATE.count, np.uint32(0))
+        return _step._leaf_step(AdEMAMix, STATE.names, False, *leaves, *rest)
+
+    trees: Any = GRADS, STATE.m2, STATE.nu, STATE.m1, MODEL
+    good = [W0(tree) for tree in trees]
+    assert len(core(*good)) == 2
+    for i, name in ((1, "m2"), (2, "nu"), (3, "m1"), (4, "p")):
         for value in (jnp.ones((4, 2)), jnp.ones((4, 3), int)):
             bad = list(good)
-            bad[i] = put(good[i], W0, value)
-            with pytest.raises(TypeCheckError, match=name):
-                core(*bad, *rest)
+            bad[i] = value
+            with pytest.raises(TypeCheckError, match=f"'{name}'"):
+                core(*bad)
     for name, tree in (("m1", STATE.m1), ("m2", STATE.m2), ("nu", STATE.nu)):
         fields = {"count": STATE.count, "count_m2": STATE.count_m2}
         moments = {"m1": STATE.m1, "m2": STATE.m2, "nu": STATE.nu}
         bad = put(tree, W0, jnp.ones((4, 2)))
         with pytest.raises(TypeCheckError):
             AdEMAMixState(**{**fields, **moments, name: bad})
+
+
+@pytest.mark.parametrize(
+    "noun,article",
+    (
+        ("`MLP`", "an"),
+        ("`LSTMCell`", "an"),
+        ("`GRUCell`", "a"),
+        ("`UNet`", "a"),
+        ("`RMSNorm`", "an"),
+        ("`Linear`", "a"),
+        ("`Untupled`", "an"),
+        ("uint8 array", "a"),
+        ("int32 array", "an"),
+        ("float32 array", "a"),
+        ("`S`", "a"),
+    ),
+)
+def test_articles(noun: str, article: str):
+    from eqx_ademamix._paths import with_article
+
+    assert with_article(noun) == f"{article} {noun}"
 
 
 def test_there_are_many_cases():

@@ -14,8 +14,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import eqx_ademamix
 from eqx_ademamix import (
+    AbstractCodec,
     AdEMAMix,
     AdEMAMixState,
+    Dense,
     Encoded,
     ScaledFloat8,
     ScaledFloat16,
@@ -127,11 +129,47 @@ def test_which_leaves_are_encoded():
         assert wide.m1.dtype == wide.m2.dtype == wide.nu.dtype == jnp.float64
 
 
+@pytest.mark.parametrize("dtype", ("float16", "bfloat16", "float32"))
+def test_a_dtype_is_a_codec(dtype: str):
+    """`Dense` stores a plain array, and is what a format keeps of a dtype."""
+    dense = Dense(dtype)
+    assert isinstance(dense, AbstractCodec) and dense.for_squares() == dense
+    fmt = StateFormat(m1=dtype, m2=jnp.dtype(dtype), nu=dense)
+    assert fmt.m1 == fmt.m2 == fmt.nu == dense
+    assert (dense == Dense("float32")) == (dtype == "float32")
+    assert fmt == StateFormat(dense, dense, dense)
+    x = jnp.asarray([0.1, -3.0, 1e6], jnp.float32)
+    stored = dense.encode(x, jax.random.key(0))
+    assert isinstance(stored, jax.Array) and stored.dtype == dtype
+    assert np.all(np.isfinite(stored))  # also 1e6 in float16
+    assert dense.decode(stored) is stored
+    assert dense.bytes_per_parameter((3,)) == jnp.dtype(dtype).itemsize
+    assert dense.zeros(x).dtype == dtype
+
+
+def test_dense_follows_wider_and_complex_parameters():
+    with x64():
+        for stored, param, expected in (
+            ("float32", "float64", "float64"),
+            ("float32", "complex64", "complex64"),
+            ("float32", "complex128", "complex128"),
+            ("bfloat16", "float64", "bfloat16"),
+            ("bfloat16", "complex64", "complex64"),
+            ("float64", "float32", "float64"),
+        ):
+            dense, x = Dense(stored), jnp.ones(3, param)
+            assert dense.zeros(x).dtype == dense.encode(x).dtype == expected
+    with pytest.raises(ValueError, match=r"`dtype` is .*, but one of the dtypes"):
+        Dense(jnp.int8)
+    with pytest.raises(ValueError, match="`dtype` is float64, but JAX has 64-bit"):
+        Dense(jnp.float64)
+
+
 def test_report():
     params = {"bias": jnp.zeros(256), "weight": jnp.zeros((64, 256))}
     optim = AdEMAMix(1e-3, b1=0, state_format=StateFormat.compact())
     assert state_report(eqx_ademamix.init(optim, params)) == (
-        "The state takes 51,340 bytes, 3.09 a parameter.\n"
+        "The state takes 51,340 bytes, 3.09 per parameter.\n"
         "\n"
         "  path        shape      m1    m2             nu            bytes\n"
         "  ['bias']    (256,)     none  float32        float32        8.00\n"

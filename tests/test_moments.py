@@ -312,7 +312,7 @@ def test_scale_has_a_positive_sign():
 @pytest.mark.parametrize(
     "call,text",
     (
-        (lambda: ademamix(), "two spellings of one argument, but neither is given"),
+        (lambda: ademamix(), "two names of one argument, but neither is given"),
         (lambda: ademamix(1e-3, learning_rate=1e-3), "but both are given"),
         (
             lambda: ademamix(1e-3, b3=lambda c: 0.9, b3_scheduler=lambda c: 0.9),

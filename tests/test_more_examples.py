@@ -191,6 +191,39 @@ def test_pinn_has_the_right_equation_and_boundary(monkeypatch):
         assert jnp.abs(model(*inside) - pinn.exact(*inside)) > 1e-4
 
 
+def test_simplified_is_compared_at_one_learning_rate(tmp_path):
+    printed = run("simplified.py", tmp_path, "--steps", 60, "--seeds", 2)
+    number = r"(\d+\.\d+)"
+    row = rf"^(\w+) +{number} +{number}  \({number} to {number}\)  {number}$"
+    rows = re.findall(row, printed, re.MULTILINE)
+    assert [row[:2] for row in rows] == [
+        ("AdamW", "8.00"),
+        ("AdEMAMix", "12.00"),
+        ("SimplifiedAdEMAMix", "8.00"),
+    ]
+    for _, _, mean, lowest, highest, accuracy in rows:
+        assert 0 < float(lowest) < float(mean) < float(highest) < 2.3
+        assert 0.2 < float(accuracy) <= 1  # chance is 0.1
+
+
+def test_simplified_can_be_adamw(monkeypatch):
+    """Without a warm-up, and without an extra weight of the current gradient."""
+    script = example("simplified", monkeypatch)
+    digits = script.read_digits()
+    keys = jax.random.split(jax.random.key(0), 2)
+    make_model = lambda key: eqx.nn.MLP(64, 10, width_size=8, depth=1, key=key)
+    models = eqx.filter_vmap(make_model)(keys)
+    batches = script.random_batches(digits.train, 2, 10)
+    mask = eqx_ademamix.decay_mask(eqx.filter(models, eqx.is_array))
+    config = script.Config(steps=10, learning_rate=1e-2, alpha=0.0, b1=0.9)
+    optims = script.make_optimizers(config, mask)
+    adamw, _, simplified = (
+        script.train_all(optim, models, batches) for optim in optims.values()
+    )
+    assert max_error(simplified[2], adamw[2]) < 1e-5
+    assert adamw[2].shape == (2, 10)
+
+
 @pytest.mark.parametrize(
     "script, settings, message",
     [

@@ -17,6 +17,7 @@ import pytest
 import eqx_ademamix
 from eqx_ademamix import (
     AdEMAMix,
+    SimplifiedAdEMAMix,
     alpha_scheduler,
     beta3_scheduler,
 )
@@ -62,7 +63,22 @@ def as_compact() -> Any:
     return dataclasses.replace(as_class(), state_format=COMPACT)
 
 
-OPTIMIZERS = (as_function, as_class, as_scale, as_compact)
+def as_simplified() -> Any:
+    return SimplifiedAdEMAMix(RATE, 0.9, alpha=2.0, normalize=True, weight_decay=0.01)
+
+
+def as_simplified_function() -> Any:
+    return eqx_ademamix.simplified_ademamix(RATE / 10, 0.9, weight_decay=0.01)
+
+
+OPTIMIZERS = (
+    as_function,
+    as_class,
+    as_scale,
+    as_compact,
+    as_simplified,
+    as_simplified_function,
+)
 
 
 def by_rank(params: Any) -> Any:
@@ -78,6 +94,13 @@ def inject(make: Any) -> Any:
         static = ("weight_decay_mask", "trainable", "state_format", "b3", "alpha")
         factory = optax.inject_hyperparams(AdEMAMix, static_args=static)
         return factory(RATE, state_format=make().state_format, **schedules())
+    if make is as_simplified:
+        static = ("weight_decay_mask", "trainable", "state_format", "normalize")
+        factory = optax.inject_hyperparams(SimplifiedAdEMAMix, static_args=static)
+        return factory(RATE, 0.9, alpha=2.0, normalize=True)
+    if make is as_simplified_function:
+        factory = optax.inject_hyperparams(eqx_ademamix.simplified_ademamix, "mask")
+        return factory(RATE / 10, 0.9)
     s = schedules()
     static = ("b3_scheduler", "alpha_scheduler", "mask", "mu_dtype")
     if make is as_function:
@@ -265,10 +288,10 @@ def test_map_params(make: Any):
     doubled = optax.tree.map_params(
         optim, lambda x: x + 1, state, transform_non_params=lambda x: x
     )
-    ours = doubled if isinstance(doubled, eqx_ademamix.AdEMAMixState) else doubled[0]
-    for moments in (ours.m1, ours.m2, ours.nu):
+    ours = doubled[0] if isinstance(doubled, tuple) else doubled
+    for moments in ours.moments:
         assert all(jnp.all(x == 1) for x in jtu.tree_leaves(moments))
-    assert ours.count == ours.count_m2 == 0
+    assert all(getattr(ours, name) == 0 for name in ours.counters + ours.weights)
 
 
 @pytest.mark.parametrize("make", OPTIMIZERS, ids=lambda make: make.__name__)

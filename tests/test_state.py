@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import eqx_ademamix
 from eqx_ademamix import (
     AdEMAMix,
+    SimplifiedAdEMAMix,
     StateFormat,
 )
 
@@ -41,6 +42,9 @@ OPTIMIZERS = (
         1e-3, state_format=StateFormat(m1=jnp.bfloat16, m2=jnp.float16, nu=jnp.bfloat16)
     ),
     AdEMAMix(1e-3, state_format=COMPACT),
+    SimplifiedAdEMAMix(1e-3, weight_decay=0.1),
+    SimplifiedAdEMAMix(1e-3, SCHEDULES["b3"], alpha=SCHEDULES["alpha"], normalize=True),
+    SimplifiedAdEMAMix(jnp.asarray(1e-3), b1=0, state_format=COMPACT),
 )
 DTYPES = (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64, jnp.complex64)
 

@@ -8,16 +8,23 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
-from ._ademamix import AdEMAMix, AdEMAMixState
-from ._checks import check_optimizer, describe, no_type_check, path_text, shortened
-from ._encoded import is_encoded
-from ._optax import in_format
+from .._ademamix import AdEMAMix
+from .._checks import check_supported
+from .._paths import Path, describe, path_text, shortened
+from .._state import AdEMAMixState
+from .._step import AbstractMomentOptimizer
+from .._storage.codec import Stored, is_encoded
+from .._typing import no_type_check
+from .adopt import in_format
 
 
 Name: TypeAlias = str | int
-Names: TypeAlias = Mapping[str, Name | tuple[Name, Callable[[Any], Any]]]
+Convert: TypeAlias = Callable[[np.ndarray], np.ndarray]
+Names: TypeAlias = Mapping[str, Name | tuple[Name, Convert]]
+# The state dict, or a part of it. Its contents are whatever PyTorch put there.
+StateDict: TypeAlias = Mapping[Any, Any]
 
 # What the implementations call m1, m2 and nu. bitsandbytes stacks m1 and m2.
 _KEYS = (
@@ -29,32 +36,33 @@ _STACKED = ("state1", "state2")  # bitsandbytes
 
 @no_type_check
 def from_torch(
-    state_dict: Mapping[str, Any], optim: AdEMAMix, params: PyTree[Any], names: Names
+    state_dict: StateDict, optim: AdEMAMix, params: PyTree, names: Names
 ) -> AdEMAMixState:
-    """Takes a run of a PyTorch AdEMAMix over: Apple's, that of `pytorch_optimizer`, or
-    the 32-bit one of bitsandbytes.
+    """Moves a run of a PyTorch AdEMAMix to this package: Apple's, that of
+    `pytorch_optimizer`, or the 32-bit one of bitsandbytes.
 
-    PyTorch counts steps from 1, so the schedules of `optim` should have `offset=1`.
-    PyTorch itself is not needed.
+    PyTorch counts steps from 1, so the schedules of `optim` should have `offset=1`. You
+    do not need PyTorch itself.
 
     **Arguments:**
 
-    - `state_dict`: what `optimizer.state_dict()` gave, its tensors made NumPy arrays.
-    - `optim`: the optimizer that goes on.
+    - `state_dict`: what `optimizer.state_dict()` returned, with its tensors converted
+        to NumPy arrays.
+    - `optim`: the optimizer that continues the run.
     - `params`: the model.
     - `names`: for each trained leaf of `params` its path, as error messages print it
         (`.layers[0].weight`, with or without `params` before it), mapped to the
-        parameter's name or index in the state dict; or to a pair of that and a function
-        that is applied to each of its moments, for example `numpy.transpose`.
+        parameter's name or index in the state dict, or to a pair of that and a function
+        to apply to each of its moments, for example `numpy.transpose`.
 
     **Returns:**
 
-    The state of `optim`, in its own format, sharded as the parameters.
+    The state of `optim`, in its own format, with the shardings of the parameters.
 
     **Raises:**
 
-    - `ValueError`: if a path has no name, a parameter no moments, a moment another
-        shape, or the numbers of steps disagree.
+    - `ValueError`: if a path has no name, if a parameter has no moments, if a moment
+        has another shape, or if the numbers of steps differ.
 
     !!! Example
 
@@ -74,14 +82,14 @@ def from_torch(
         assert state.count == state.count_m2 == 100
         ```
     """
-    check_optimizer(optim, AdEMAMix)
+    check_supported(optim, AdEMAMix, AbstractMomentOptimizer)
     blank = optim.init(params)
     _check_kinds(state_dict, names)
     leaves, treedef = jtu.tree_flatten_with_path(blank.m2, is_leaf=is_encoded)
     has_m1 = bool(jtu.tree_leaves(blank.m1))
     found = [_read(state_dict, names, path, x, has_m1) for path, x in leaves]
 
-    def tree(name: str, like: Any) -> Any:
+    def tree(name: str, like: PyTree) -> PyTree:
         moments = treedef.unflatten([getattr(x, name) for x in found])
         return jax.tree.map(_on_devices_of, like, moments, is_leaf=is_encoded)
 
@@ -94,15 +102,15 @@ def from_torch(
     )
 
 
-def _on_devices_of(own: Any, x: Any) -> Any:
+def _on_devices_of(own: Stored, x: np.ndarray) -> Stored:
     return jax.tree.map(_put, in_format(jnp.asarray(x), own), own)
 
 
-def _put(x: Any, like: Any) -> Any:
+def _put(x: Array, like: Array) -> Array:
     return x if isinstance(like, Tracer) else jax.device_put(x, like.sharding)
 
 
-def _check_kinds(state_dict: Any, names: Any) -> None:
+def _check_kinds(state_dict: Any, names: object) -> None:
     has_state = isinstance(state_dict, Mapping) and "state" in state_dict
     if not (has_state and isinstance(state_dict["state"], Mapping)):
         raise ValueError(
@@ -117,15 +125,17 @@ def _check_kinds(state_dict: Any, names: Any) -> None:
 
 
 class _Found(NamedTuple):
-    """What a state dict says of one parameter."""
+    """What a state dict has for one parameter."""
 
-    m1: Any
-    m2: Any
-    nu: Any
+    m1: np.ndarray
+    m2: np.ndarray
+    nu: np.ndarray
     step: int
 
 
-def _read(state_dict: Any, names: Any, path: Any, like: Any, has_m1: bool) -> _Found:
+def _read(
+    state_dict: StateDict, names: Names, path: Path, like: Stored, has_m1: bool
+) -> _Found:
     where = f"params{path_text(path)}"
     name, fn = _name(names, path, where)
     index, group = _index(state_dict, name)
@@ -137,7 +147,7 @@ def _read(state_dict: Any, names: Any, path: Any, like: Any, has_m1: bool) -> _F
             "no state of that name or index. It has those of "
             f"{shortened(known, 200) or 'nothing'}."
         )
-    # Where newer versions of bitsandbytes put what must not be cast.
+    # Newer versions of bitsandbytes keep here what must not be cast.
     state = {**state, **state.get("__bnb_optimizer_quant_state__", {})}
     m1, m2, nu = _moments(state, where)
     zero = None if has_m1 else np.zeros(like.shape, np.float32)
@@ -149,7 +159,7 @@ def _read(state_dict: Any, names: Any, path: Any, like: Any, has_m1: bool) -> _F
     )
 
 
-def _name(names: Any, path: Any, where: str) -> tuple[Any, Callable[[Any], Any]]:
+def _name(names: Names, path: Path, where: str) -> tuple[Name, Convert]:
     text = jtu.keystr(path)
     keys = (text, text.removeprefix("."), f"params{text}")
     entry = next((names[key] for key in keys if key in names), None)
@@ -168,9 +178,9 @@ def _name(names: Any, path: Any, where: str) -> tuple[Any, Callable[[Any], Any]]
     return name, fn or (lambda x: x)
 
 
-def _index(state_dict: Any, name: Any) -> tuple[Any, Mapping[str, Any]]:
-    """The key of a parameter's state, and its group. PyTorch counts parameters over all
-    groups and may keep their names beside the numbers."""
+def _index(state_dict: StateDict, name: Name) -> tuple[Name, StateDict]:
+    """The key of a parameter's state, and its group. PyTorch numbers the parameters of
+    all groups together, and may store their names beside the numbers."""
     for group in state_dict.get("param_groups") or ():
         indices = list(group.get("params", ()))
         by_name = dict(zip(group.get("param_names", ()), indices, strict=False))
@@ -180,7 +190,7 @@ def _index(state_dict: Any, name: Any) -> tuple[Any, Mapping[str, Any]]:
     return name, {}
 
 
-def _moments(state: Mapping[str, Any], where: str) -> tuple[Any, Any, Any]:
+def _moments(state: StateDict, where: str) -> tuple[Any, Any, Any]:
     """`m1` (`None` at `b1 = 0`), `m2` and `nu`."""
     if all(key in state for key in _STACKED):
         stacked, nu = (state[key] for key in _STACKED)
@@ -198,7 +208,7 @@ def _moments(state: Mapping[str, Any], where: str) -> tuple[Any, Any, Any]:
     )
 
 
-def _moment(where: str, name: str, x: Any, fn: Callable[[Any], Any], like: Any) -> Any:
+def _moment(where: str, name: str, x: Any, fn: Convert, like: Stored) -> np.ndarray:
     if x is None:
         raise ValueError(
             f"{where}: the moment `{name}` is missing: it is None in the state dict. "
@@ -228,7 +238,7 @@ def _moment(where: str, name: str, x: Any, fn: Callable[[Any], Any], like: Any) 
     return moment
 
 
-def _step(where: str, state: Mapping[str, Any], group: Mapping[str, Any]) -> int:
+def _step(where: str, state: StateDict, group: StateDict) -> int:
     steps = [x for x in (state.get("step"), group.get("step")) if x is not None]
     if not steps:
         raise ValueError(
@@ -251,6 +261,6 @@ def _steps(found: list[_Found]) -> int:
         raise ValueError(
             "`state_dict` has parameters after different numbers of steps, "
             f"{shortened(str(steps), 100)}, but one number was expected for all. Were "
-            "some of them frozen for a while?"
+            "some of them frozen for part of the run?"
         )
     return steps[0] if steps else 0

@@ -8,40 +8,49 @@ import equinox as eqx
 import numpy as np
 from jax.core import Tracer
 
-from ._ademamix import AdEMAMix, AdEMAMixState
-from ._checks import check_optimizer, describe, no_type_check
-from ._hyperparams import hyperparam, is_schedule, non_negative
-from ._optax import find_state, is_ours
-from ._schedules import AlphaSchedule, Beta3Schedule
+from .._ademamix import AdEMAMix
+from .._checks import check_supported
+from .._hyperparams import (
+    HyperParamOrSchedule,
+    hyperparam,
+    non_negative,
+)
+from .._inspection import find
+from .._paths import describe
+from .._schedules import AlphaSchedule, Beta3Schedule
+from .._state import AdEMAMixState
+from .._step import AbstractMomentOptimizer
+from .._typing import no_type_check
+from .adopt import is_ours
 
 
 @no_type_check
 def extend(optim: AdEMAMix, state: AdEMAMixState, *, warmup: float) -> AdEMAMix:
     r"""Gives the warm-ups of $\alpha$ and $\beta_3$ a new length, without a jump.
 
-    The schedules of the returned optimizer go on from their present values, linear in
-    $\alpha$ and in the half-life of $\beta_3$ as before, and reach the same final
-    values when `state.count_m2` comes to the new length. Use it when a run turns out to
-    be longer, or shorter, than was planned.
+    The schedules of the returned optimizer continue from their present values, linear
+    in $\alpha$ and in the half-life of $\beta_3$ as before, and reach the same final
+    values when `state.count_m2` reaches the new length. Use it when a run turns out to
+    be longer or shorter than planned.
 
     **Arguments:**
 
     - `optim`: the optimizer, whose `alpha` or `b3` (or both) are an
         [`eqx_ademamix.alpha_scheduler`][] or [`eqx_ademamix.beta3_scheduler`][]. A
-        constant stays what it is.
+        constant does not change.
     - `state`: its state, with concrete counters: call this outside of `jit`.
-    - `warmup`: the new length, counted from the beginning of the slow average as at
-        construction. The present values are computed in float64.
+    - `warmup`: the new length, counted from the beginning of the slow average, as in
+        the schedules' own argument. The present values are computed in float64.
 
     **Returns:**
 
     The optimizer with its new schedules, whose starting points and length are Python
-    floats (so a jitted step compiles once more); the state goes with it as it is.
+    floats, so a jitted step compiles once more. It continues with the same state.
 
     **Raises:**
 
     - `ValueError`: if there is no schedule or an unknown one, if that many steps have
-        been taken already, or if the counter is traced.
+        already been taken, or if the counter is traced.
 
     !!! Example
 
@@ -57,11 +66,11 @@ def extend(optim: AdEMAMix, state: AdEMAMixState, *, warmup: float) -> AdEMAMix:
         assert optim.alpha(2000) == 8.0
         ```
     """
-    check_optimizer(optim, AdEMAMix)
-    ours = find_state(state, is_ours, "of AdEMAMix", name="state")
+    check_supported(optim, AdEMAMix, AbstractMomentOptimizer)
+    ours = find(state, is_ours, "of AdEMAMix", name="state")
     length = _concrete("warmup", hyperparam("warmup", warmup, non_negative))
     count = int(_concrete("state.count_m2", ours.count_m2))
-    if not (is_schedule(optim.b3) or is_schedule(optim.alpha)):
+    if not (callable(optim.b3) or callable(optim.alpha)):
         raise ValueError(
             "`optim` has neither a schedule for `b3` nor one for `alpha`, so there is "
             "no warm-up to extend."
@@ -80,14 +89,16 @@ def _concrete(name: str, value: Any) -> float:
     return float(value)
 
 
-def _extended(name: str, schedule: Any, count: int, length: float) -> Any:
-    if not is_schedule(schedule):
+def _extended(
+    name: str, schedule: HyperParamOrSchedule, count: int, length: float
+) -> HyperParamOrSchedule:
+    if not callable(schedule):
         return schedule
     if not isinstance(schedule, AlphaSchedule | Beta3Schedule):
         raise ValueError(
             f"`{name}` is {describe(schedule)}, but `extend` knows only the schedules "
-            "of `alpha_scheduler` and `beta3_scheduler`. Make a new schedule and put "
-            f"it in with `eqx.tree_at(lambda o: o.{name}, optim, schedule)`."
+            "of `alpha_scheduler` and `beta3_scheduler`. Make a schedule and insert it "
+            f"with `eqx.tree_at(lambda o: o.{name}, optim, schedule)`."
         )
     for field in dataclasses.fields(schedule):
         _concrete(f"optim.{name}.{field.name}", getattr(schedule, field.name))
@@ -95,7 +106,7 @@ def _extended(name: str, schedule: Any, count: int, length: float) -> Any:
     if length <= now:
         raise ValueError(
             f"`warmup` is {length:g}, but {now:g} steps of the warm-up of "
-            f"`{name}` have been taken already. Pass a larger number, counted from the "
+            f"`{name}` have already been taken. Pass a larger number, counted from the "
             "beginning of the slow average."
         )
     done = _done(schedule, now)
@@ -105,7 +116,7 @@ def _extended(name: str, schedule: Any, count: int, length: float) -> Any:
     else:
         value = _beta3(float(schedule.beta_start), float(schedule.beta_end), done)
         where = lambda s: (s.beta_start, s.begin, s.warmup)
-    # Python floats, also where there were arrays: float32 would cost 1 - b3 its digits.
+    # Python floats, even where there were arrays: in float32, 1 - b3 would lose digits.
     begin = max(now, float(schedule.begin))
     return eqx.tree_at(where, schedule, (value, begin, length))
 

@@ -1,4 +1,4 @@
-"""Which leaves are trained, and which of them are decayed."""
+"""Which leaves are decayed, and why."""
 
 import dataclasses
 import math
@@ -9,89 +9,13 @@ from typing import Any, NamedTuple, TypeAlias
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import jax.tree_util as jtu
-import numpy as np
-from jax.core import Tracer
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
-from ._checks import (
-    Path,
-    children,
-    contrast,
-    describe,
-    is_inexact_shape,
-    is_leaf,
-    no_type_check,
-    path_text,
-)
+from ._filters import FilterSpec, as_bools, checked_bool
+from ._paths import Node, Path, children, describe, flatten, is_inexact_shape, is_leaf
+from ._typing import no_type_check
 
-
-#
-# Filter specs
-#
-
-
-def with_python_bools(spec: Any) -> Any:
-    """A filter spec without NumPy bools, which `eqx.filter_jit` would trace."""
-    return jax.tree.map(lambda x: bool(x) if isinstance(x, np.bool_) else x, spec)
-
-
-def select(spec: Any, tree: Any, name: str) -> Any:
-    """The inexact arrays of a tree that a filter spec selects, `None` elsewhere."""
-    arrays = jax.tree.map(
-        lambda x: jnp.asarray(x) if eqx.is_inexact_array(x) else None, tree
-    )
-    keep = as_bools(spec, arrays, name)
-    return jax.tree.map(lambda flag, x: x if flag else None, keep, arrays)
-
-
-def as_bools(spec: Any, arrays: Any, name: str, path: Path = ()) -> Any:
-    """Resolves a filter spec to one bool for each array of a tree (`None` where that
-    has `None`).
-
-    A spec is a bool for a whole subtree, a callable on each array of it, or a node
-    whose children are specs. Where a tree has no arrays a spec may be anything: so it
-    may be shaped like the whole model or like the filtered one.
-    """
-    if not jtu.tree_leaves(arrays):
-        return arrays
-    if is_leaf(spec):
-        return jtu.tree_map_with_path(
-            lambda key, x: _as_bool(spec, x, name, path + key), arrays
-        )
-    (specs, spec_def), (subtrees, treedef) = children(spec), children(arrays)
-    if is_leaf(arrays) or spec_def != treedef:
-        found, expected = contrast(spec, arrays)
-        raise ValueError(
-            f"{name}{path_text(path)} is {found}, but the parameters have {expected} "
-            "there. A mask is a bool, a callable on one array, or a tree of bools "
-            "shaped like the model or a prefix of it."
-        )
-    pairs = zip(specs, subtrees, strict=True)
-    return treedef.unflatten(
-        as_bools(child, sub, name, path + key) for (_, child), (key, sub) in pairs
-    )
-
-
-def _as_bool(spec: Any, array: Any, name: str, path: Path) -> bool:
-    flag = spec(array) if callable(spec) else spec
-    if isinstance(flag, (bool, np.bool_)):
-        return bool(flag)
-    what_to_do = (
-        "Under plain `jax.jit` a mask must not be an argument: use `eqx.filter_jit`."
-        if isinstance(flag, Tracer)
-        else "Use True or False there, or a callable that returns one of them."
-    )
-    raise TypeError(
-        f"{name}{path_text(path)} is {describe(flag)}, but a bool was expected for "
-        f"{describe(array)}. {what_to_do}"
-    )
-
-
-#
-# Decay masks
-#
 
 _NORMS = (eqx.nn.LayerNorm, eqx.nn.RMSNorm, eqx.nn.GroupNorm, eqx.nn.BatchNorm)
 # `bias`, `bias_ih`, `qkv_bias`, `biases`, `bias2`, `qkvBias`, but not `unbiased`.
@@ -102,8 +26,8 @@ class _Place(NamedTuple):
     """An inexact array of a model, and where it sits."""
 
     path: Path
-    leaf: Any
-    owners: tuple[Any, ...]  # from the root to the node that holds the leaf
+    leaf: Array | jax.ShapeDtypeStruct
+    owners: tuple[Node, ...]  # from the root to the node that holds the leaf
     stack: tuple[int, ...]  # leading axes that come from stacking (vmapping) its layer
 
 
@@ -119,7 +43,7 @@ _Patterns: TypeAlias = _Pattern | Sequence[_Pattern]
 
 @no_type_check
 def decay_mask(
-    model: PyTree[Any],
+    model: PyTree,
     *,
     predicate: Predicate | None = None,
     exclude: _Patterns = (),
@@ -128,21 +52,21 @@ def decay_mask(
 ) -> PyTree[bool]:
     r"""Chooses the leaves that weight decay acts on.
 
-    The first of these that has an opinion decides on an inexact array:
+    For each inexact array, the first of these rules that applies decides:
 
     1. `predicate`,
     2. `exclude`: not decayed,
     3. `include`: decayed,
-    4. its module, or one around it, is among `skip_types` (normalisation layers): not
+    4. its module, or one around it, is among `skip_types` (normalization layers): not
        decayed,
-    5. its field is named as a bias (`bias`, `bias_ih`, `qkv_bias`, ...): not decayed,
-       whatever its rank,
-    6. its rank: decayed from 2 on. Axes that come from stacking layers with
-       `eqx.filter_vmap` do not count. A stack is recognised by the layers of `eqx.nn`
-       in it, whose ranks are known, and by jaxtyping annotations of fields. One that
-       has neither looks like a single layer: name its vectors in `exclude`.
+    5. its field has the name of a bias (`bias`, `bias_ih`, `qkv_bias`, ...): not
+       decayed, whatever its rank,
+    6. its rank: decayed if it is at least 2. Axes that come from stacking layers with
+       `eqx.filter_vmap` do not count. A stack is recognized by the layers of `eqx.nn`
+       in it, whose ranks are known, and by jaxtyping annotations of fields. A stack
+       that has neither looks like a single layer: name its vectors in `exclude`.
 
-    Everything else (functions, integers, ...) is `False`.
+    All other leaves (functions, integers, ...) are `False`.
 
     **Arguments:**
 
@@ -150,14 +74,14 @@ def decay_mask(
     - `predicate`: called with each inexact array's path, as error messages print it
         after the tree's name (`.layers[0].weight`), and with the array. Returns a bool,
         or `None` to leave the choice to the other rules.
-    - `exclude`, `include`: regular expressions, looked for in that path by `re.search`.
-        Mind that brackets and dots are special: `r"layers\[0\]"`.
-    - `skip_types`: module types none of whose arrays is decayed.
+    - `exclude`, `include`: regular expressions that `re.search` looks for in that path.
+        Brackets and dots are special characters: write `r"layers\[0\]"`.
+    - `skip_types`: module types whose arrays are not decayed.
 
     **Returns:**
 
     A tree of bools shaped like the model, for `AdEMAMix(weight_decay_mask=...)`.
-    [`eqx_ademamix.decay_report`][] prints it.
+    [`eqx_ademamix.decay_report`][] shows what is in it.
 
     **Raises:**
 
@@ -191,15 +115,16 @@ def decay_mask(
 def _patterns(name: str, patterns: Any) -> tuple[re.Pattern[str], ...]:
     is_one = isinstance(patterns, str | re.Pattern)
     try:
-        return tuple(map(re.compile, (patterns,) if is_one else tuple(patterns)))
+        return tuple(re.compile(x) for x in ((patterns,) if is_one else patterns))
     except (TypeError, re.error) as error:
         raise ValueError(
-            f"`{name}` is {patterns!r}, but a regular expression or a sequence of such "
-            f"was expected ({error}). Brackets and dots of a path need a backslash."
+            f"`{name}` is {patterns!r}, but a regular expression or a sequence of them "
+            f"was expected ({error}). Brackets and dots in a path need a backslash."
         ) from error
 
 
-def _check_types(skip_types: Any) -> None:
+def _check_types(skip_types: object) -> None:
+    types: tuple[object, ...]
     types = skip_types if isinstance(skip_types, tuple) else (skip_types,)
     if not all(isinstance(cls, type) for cls in types):
         raise TypeError(
@@ -211,14 +136,14 @@ def _check_types(skip_types: Any) -> None:
 def _chosen(
     place: _Place,
     predicate: Predicate | None,
-    exclude: tuple[Any, ...],
-    include: tuple[Any, ...],
+    exclude: tuple[re.Pattern[str], ...],
+    include: tuple[re.Pattern[str], ...],
 ) -> bool | None:
-    """What the caller has to say on a leaf."""
+    """What the caller's own arguments decide for a leaf."""
     path = jtu.keystr(place.path)
     flag = None if predicate is None else predicate(path, place.leaf)
     if flag is not None:
-        return _as_bool(flag, place.leaf, "predicate at ", place.path)
+        return checked_bool(flag, place.leaf, "predicate at ", place.path)
     if any(_found(pattern, path) for pattern in exclude):
         return False
     if any(_found(pattern, path) for pattern in include):
@@ -226,13 +151,13 @@ def _chosen(
     return None
 
 
-def _found(pattern: Any, path: str) -> bool:
+def _found(pattern: re.Pattern[str], path: str) -> bool:
     # `^` matches before and after the leading dot of `.layers[0].weight`.
     return any(re.search(pattern, text) for text in (path, path.removeprefix(".")))
 
 
-def _by_rule(place: _Place, skip_types: Any) -> _Verdict:
-    """What the rules say on a leaf on which the caller has no opinion."""
+def _by_rule(place: _Place, skip_types: type | tuple[type, ...]) -> _Verdict:
+    """What the rules decide for a leaf when the caller's arguments do not."""
     skipped = [type(x).__name__ for x in place.owners if isinstance(x, skip_types)]
     if skipped:
         return _Verdict(False, f"in a {skipped[-1]}")
@@ -244,8 +169,8 @@ def _by_rule(place: _Place, skip_types: Any) -> _Verdict:
 
 
 def _field_names(place: _Place) -> list[str]:
-    """The names in a path since the innermost module: that of its field, and those of
-    dictionary keys inside of it."""
+    """The names in a path after the innermost module: the name of its field, and the
+    dictionary keys inside."""
     modules = [i for i, x in enumerate(place.owners) if isinstance(x, eqx.Module)]
     keys = place.path[modules[-1] if modules else 0 :]
     names = [getattr(key, "name", getattr(key, "key", None)) for key in keys]
@@ -253,9 +178,9 @@ def _field_names(place: _Place) -> list[str]:
 
 
 def _places(
-    node: Any,
+    node: Node,
     path: Path = (),
-    owners: tuple[Any, ...] = (),
+    owners: tuple[Node, ...] = (),
     stack: tuple[int, ...] = (),
 ) -> Iterator[_Place]:
     """All inexact arrays of a model, in the order of its flattening."""
@@ -267,9 +192,9 @@ def _places(
             yield from _places(child, path + key, (*owners, node), stack)
 
 
-def _stacked_axes(node: Any) -> tuple[int, ...]:
+def _stacked_axes(node: Node) -> tuple[int, ...]:
     """The leading axes that all arrays of known rank below a module have in excess, and
-    that all its other arrays have too: stacking a module stacks all that is in it."""
+    that all its other arrays have too: stacking a module stacks everything in it."""
     known = list(_known_arrays(node))
     if not (isinstance(node, eqx.Module) and known):
         return ()
@@ -284,20 +209,20 @@ def _common_prefix(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
     return shapes[0][:length] if shapes else ()
 
 
-def _known_arrays(node: Any) -> Iterator[tuple[Any, int]]:
-    """The arrays below a node of which it is known what rank they have in one layer."""
+def _known_arrays(node: Node) -> Iterator[tuple[Array, int]]:
+    """The arrays below a node whose rank in a single layer is known."""
     if is_leaf(node):
         return
     for name, rank in {**_declared_ranks(node), **_layer_ranks(node)}.items():
-        leaf = getattr(node, name, None)
+        leaf: Node = getattr(node, name, None)
         if is_inexact_shape(leaf):
             yield leaf, rank
     for _, child in children(node)[0]:
         yield from _known_arrays(child)
 
 
-def _layer_ranks(node: Any) -> dict[str, int]:
-    """The ranks of the arrays of the layers of `eqx.nn`."""
+def _layer_ranks(node: Node) -> dict[str, int]:
+    """The ranks of the arrays in the layers of `eqx.nn`."""
     nn = eqx.nn
     if isinstance(node, nn.Linear | nn.Embedding):
         return {"weight": 2}
@@ -314,7 +239,7 @@ def _layer_ranks(node: Any) -> dict[str, int]:
     return {}
 
 
-def _declared_ranks(node: Any) -> dict[str, int]:
+def _declared_ranks(node: Node) -> dict[str, int]:
     """The ranks that a module's own jaxtyping annotations declare."""
     fields = dataclasses.fields(node) if dataclasses.is_dataclass(node) else ()
     ranks = {field.name: _declared_rank(field.type) for field in fields}
@@ -322,7 +247,7 @@ def _declared_ranks(node: Any) -> dict[str, int]:
 
 
 def _declared_rank(annotation: Any) -> int | None:
-    """The rank that an annotation such as `Float[Array, "dim"] | None` stands for."""
+    """The rank that an annotation such as `Float[Array, "dim"] | None` declares."""
     hints = (annotation, *typing.get_args(annotation))
     dims = [hint.dim_str for hint in hints if hasattr(hint, "dim_str")]
     is_open = any("*" in text or "..." in text for text in dims)
@@ -336,8 +261,8 @@ def _declared_rank(annotation: Any) -> int | None:
 
 
 @no_type_check
-def decay_report(model: PyTree[Any], mask: Any) -> str:
-    """Says what a mask decides, path by path, and by which rule.
+def decay_report(model: PyTree, mask: FilterSpec) -> str:
+    """Says what a mask decides for each array, and by which rule.
 
     **Arguments:**
 
@@ -346,9 +271,10 @@ def decay_report(model: PyTree[Any], mask: Any) -> str:
 
     **Returns:**
 
-    Text for a person to read: a line for each inexact array with its path, shape and
-    the rule of `decay_mask` that gives the mask's value, or "chosen" where the rules by
-    themselves give the opposite (by `predicate`, `exclude`, `include`, or by hand).
+    Text for a person to read. For each inexact array, a line has its path, its shape,
+    and the rule of `decay_mask` that gives the mask's value. It says "chosen" where the
+    rules alone give the opposite (because of `predicate`, `exclude`, `include`, or a
+    mask made by hand).
 
     **Raises:**
 
@@ -377,7 +303,9 @@ def decay_report(model: PyTree[Any], mask: Any) -> str:
         ```
     """
     arrays = jax.tree.map(lambda x: x if is_inexact_shape(x) else None, model)
-    flags = jtu.tree_leaves(as_bools(mask, arrays, "mask"))
+    flat = flatten(arrays)
+    flags = as_bools(mask, flat, "mask")
+    flags = [flag for flag, x in zip(flags, flat.values, strict=True) if x is not None]
     places = list(_places(model))
     rows = [_row(place, flag) for place, flag in zip(places, flags, strict=True)]
     widths = [max((len(row[i]) for row in rows), default=0) for i in (0, 1)]

@@ -1,5 +1,6 @@
-"""16-bit parameters that train like float32 ones."""
+"""16-bit parameters that train like float32 parameters."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import equinox as eqx
@@ -10,30 +11,24 @@ import numpy as np
 import optax
 from beartype import beartype
 from jax import lax
-from jaxtyping import Array, Float, Inexact, Int, Int32, PyTree, jaxtyped
+from jaxtyping import Array, Float, Int, Int32, PyTree, jaxtyped
 
-from ._checks import (
-    as_gradients,
-    check_against_state,
+from .._checks import (
     check_alive,
     check_counter,
+    check_gradient,
     check_state_type,
-    describe,
-    is_entry,
-    leaves_with_path,
-    no_type_check,
-    on_device,
-    paired_leaves,
-    path_text,
-    structure,
+    checked_leaves,
 )
-from ._codecs import seed_of, uniform, up_or_down
-from ._masks import select
-from ._optimizer import AbstractOptimizer, hash_of, next_count
+from .._filters import as_gradient, trained_arrays
+from .._numerics import DType, seed_of, text_hash, uniform, up_or_down
+from .._optimizer import AbstractOptimizer, hash_of
+from .._paths import Leaves, Path, describe, flatten, is_entry, on_device, path_text
+from .._state import ArrayTree, next_count
+from .._typing import no_type_check
 
 
 # pyright: reportUndefinedVariable=false
-_Arrays: TypeAlias = PyTree[Inexact[Array, "?*leaf"], "Params"]
 _Remainders: TypeAlias = PyTree[Int[Array, "?*leaf"], "Params"]
 
 
@@ -43,11 +38,11 @@ class CompensatedState(eqx.Module):
     **Attributes:**
 
     - `inner_state`: the state of the wrapped optimizer.
-    - `remainder`: what the 16-bit parameters lack to the wanted ones, in steps that
-        depend on the parameters: int16 or int8 arrays shaped like the 16-bit parameters
-        that are trained, `None` at all other leaves.
-    - `count`: the number of steps taken, an int32 scalar, on which the random rounding
-        of the remainders depends.
+    - `remainder`: what separates the 16-bit parameters from the wanted ones, in steps
+        that depend on the parameters: int16 or int8 arrays shaped like the 16-bit
+        parameters that are trained, `None` at all other leaves.
+    - `count`: the number of steps taken, an int32 scalar. The random rounding of the
+        remainders depends on it.
     - `dtypes`: the names of the 16-bit types that the remainders belong to, in order.
     """
 
@@ -58,13 +53,13 @@ class CompensatedState(eqx.Module):
 
 
 class Compensated(AbstractOptimizer[CompensatedState]):
-    r"""Wraps an optimizer for parameters in bfloat16 or float16, and keeps what they
-    round away.
+    r"""Wraps an optimizer for parameters in bfloat16 or float16, and keeps what
+    rounding them loses.
 
     A 16-bit parameter does not move if its step is less than half the distance to the
-    next number: for bfloat16 1/512 of itself, which is a large step. Here the wrapped
-    optimizer sees a float32 parameter: the model's $\theta$ plus a remainder $r$. From
-    its update $u$ follow the update of the model and the next remainder:
+    next number: for bfloat16 that is 1/512 of the parameter, a large step. Here, the
+    wrapped optimizer sees a float32 parameter: the model's $\theta$ plus a remainder
+    $r$. Its update $u$ determines the update of the model and the next remainder:
 
     $$
     \begin{align*}
@@ -75,19 +70,20 @@ class Compensated(AbstractOptimizer[CompensatedState]):
     \end{align*}
     $$
 
-    so nothing is lost (compensated summation, Kahan 1965); the third line is what
-    `eqx.apply_updates` does. The remainder is stored as an integer in parts of the unit
-    in the last place of $\theta$. Mostly it is at most half of one; where a step is
-    larger than the parameter it can be many, since $u_{16}$ has no digits for them. So
-    the largest integers stand for ever larger remainders. What lies between two is
-    rounded at random such that the mean is exact, if the two are evenly spaced.
+    so nothing is lost (compensated summation, Kahan 1965). The third line is what
+    `eqx.apply_updates` does. The remainder is stored as an integer, in fractions of the
+    unit in the last place of $\theta$. It is usually at most half of that unit. Where a
+    step is larger than the parameter, it can be many units, since $u_{16}$ has no
+    digits for them. So the largest integers represent ever larger remainders. A value
+    between two of them is rounded at random, so that the mean is exact where they are
+    evenly spaced.
 
-    With `bits=16` a bfloat16 parameter and its remainder have 24 significant bits in
-    four bytes, those of float32, and take the steps of a float32 parameter bit for bit
-    but for one in sixty, whose remainder is close to half a unit. With `bits=8` they
-    have 16 significant bits in three bytes.
+    With `bits=16`, a bfloat16 parameter and its remainder have 24 significant bits in
+    four bytes, as float32 does. They take the steps of a float32 parameter bit for bit,
+    except for about one in sixty, whose remainder is close to half a unit. With
+    `bits=8` they have 16 significant bits in three bytes.
 
-    Parameters of other types are passed on as they are.
+    Parameters of other types are passed on unchanged.
 
     !!! Example
 
@@ -111,7 +107,7 @@ class Compensated(AbstractOptimizer[CompensatedState]):
         ```
     """
 
-    optim: Any
+    optim: AbstractOptimizer[Any] | optax.GradientTransformation
     bits: int = eqx.field(static=True)
 
     @no_type_check
@@ -123,7 +119,7 @@ class Compensated(AbstractOptimizer[CompensatedState]):
         """**Arguments:**
 
         - `optim`: the optimizer, of this package or of optax.
-        - `bits`: 16 or 8, the bits of a remainder.
+        - `bits`: the bits of a remainder, 16 or 8.
 
         **Raises:**
 
@@ -143,62 +139,67 @@ class Compensated(AbstractOptimizer[CompensatedState]):
         self.bits = bits
 
     @no_type_check
-    def init(self, params: PyTree[Any]) -> CompensatedState:
+    def init(self, params: PyTree) -> CompensatedState:
         """See [`eqx_ademamix.init`][]."""
-        arrays = select(True, params, "params")
+        like = trained_arrays(True, flatten(params))
+        arrays = like.rebuilt(like.values)
         wide = self._whole(jax.tree.map(_wide, arrays), params)
         inner_state = self.optim.init(wide)
-        # Which leaves are trained only the optimizer knows.
+        # Only the optimizer knows which leaves are trained.
         grads = eqx.filter(wide, eqx.is_inexact_array)
         updates, _ = eqx.filter_eval_shape(self.optim.update, grads, inner_state, wide)
         dtype = np.dtype(f"int{self.bits}")
 
-        def remainder(p: Any, u: Any) -> Any:
+        def remainder(p: Array | None, u: Array | None) -> Array | None:
             if p is None or u is None or not _is_16_bit(p):
                 return None
             return jnp.zeros_like(p, dtype=dtype)
 
         remainders = jax.tree.map(remainder, arrays, updates, is_leaf=is_entry)
+        pairs = zip(like.values, flatten(remainders).values, strict=True)
         return CompensatedState(
             inner_state=inner_state,
             remainder=remainders,
             count=jnp.zeros((), jnp.int32),
-            dtypes=_dtypes(arrays, remainders),
+            dtypes=tuple(str(x.dtype) for x, r in pairs if r is not None),
         )
 
     @no_type_check
     def update(
         self,
-        grads: PyTree[Any],
+        grads: PyTree,
         state: CompensatedState,
-        params: PyTree[Any] | None = None,
-    ) -> tuple[PyTree[Any], CompensatedState]:
+        params: PyTree | None = None,
+    ) -> tuple[PyTree, CompensatedState]:
         """See [`eqx_ademamix.update`][]."""
-        state = on_device(state)
-        p = self._checked(grads, state, params)
-        g = as_gradients(grads)
-        check_against_state("grads", g, state.remainder, keep_extra=True)
-        p16 = _where(state.remainder, p)
-        wide = eqx.combine(_master(p16, state.remainder), p)
+        state, like, p16 = self._checked(grads, state, params)
+        g = _checked_gradients(grads, like)
+        r16 = [r for r in like.values if r is not None]
+        wide16 = _master(p16, r16)
+        wide = eqx.combine(_in_tree(wide16, like), _inexact(params))
         updates, inner_state = self.optim.update(
             jax.tree.map(_wide, g), state.inner_state, self._whole(wide, params)
         )
-        _check_no_other(p, updates, state.remainder)
-        u16, wide16 = _where(state.remainder, updates), _where(state.remainder, wide)
-        updates16, remainder = _split(u16, wide16, p16, state.remainder, state.count)
-        return eqx.combine(updates16, updates), CompensatedState(
+        u = _checked_updates(updates, params, like)
+        updates16, remainder = _split(
+            [x for x, r in zip(u, like.values, strict=True) if r is not None],
+            wide16,
+            p16,
+            r16,
+            _keys(like),
+            state.count,
+        )
+        return eqx.combine(_in_tree(updates16, like), updates), CompensatedState(
             inner_state=inner_state,
-            remainder=remainder,
+            remainder=_in_tree(remainder, like),
             count=next_count(state.count),
             dtypes=state.dtypes,
         )
 
     @no_type_check
-    def master_params(
-        self, params: PyTree[Any], state: CompensatedState
-    ) -> PyTree[Any]:
-        """The parameters with their remainders, in float32: what the wrapped optimizer
-        sees, to evaluate or to save it.
+    def master_params(self, params: PyTree, state: CompensatedState) -> PyTree:
+        """The parameters plus their remainders, in float32: what the wrapped optimizer
+        sees. Use it to evaluate the model or to save it.
 
         **Arguments:**
 
@@ -207,22 +208,24 @@ class Compensated(AbstractOptimizer[CompensatedState]):
 
         **Returns:**
 
-        The model with float32 arrays in the place of its 16-bit ones that are trained.
+        The model with float32 arrays in place of the 16-bit arrays that are trained.
 
         **Raises:**
 
         - `ValueError` or `TypeError`: if model and state do not belong together.
         """
-        state = on_device(state)
-        p = self._checked(None, state, params)
-        p16 = _where(state.remainder, p)
-        return eqx.combine(_master(p16, state.remainder), params)
+        state, like, p16 = self._checked(None, state, params)
+        r16 = [r for r in like.values if r is not None]
+        return eqx.combine(_in_tree(_master(p16, r16), like), params)
 
     def __hash__(self) -> int:
         return hash_of(self)
 
-    def _checked(self, grads: Any, state: Any, params: Any) -> Any:
-        """The arrays of the parameters, once all is known to fit."""
+    def _checked(
+        self, grads: PyTree, state: Any, params: PyTree | None
+    ) -> tuple[CompensatedState, Leaves, list[Array]]:
+        """The state, the leaves of its remainders, and the parameters that have one,
+        once it is known that all of them fit together."""
         check_state_type(state, grads, CompensatedState)
         if params is None:
             raise ValueError(
@@ -232,34 +235,59 @@ class Compensated(AbstractOptimizer[CompensatedState]):
         for name, tree in {"grads": grads, "state": state, "params": params}.items():
             check_alive(name, tree)
         check_counter("count", state.count)
-        p = select(True, params, "params")
-        check_against_state("params", p, state.remainder, keep_extra=True)
-        if structure(p) != structure(state.remainder):
+        state = on_device(state)
+        like, p = flatten(state.remainder), _inexact(params)
+        values = checked_leaves("params", p, like, other=_STATE, keep_extra=True)
+        if flatten(p).treedef != like.treedef:
             raise ValueError(
                 f"state.remainder is {describe(state.remainder)}, but it has the "
                 "structure of the parameters. Pass on the state as `init` of this "
                 "optimizer or the last `update` returned it."
             )
-        _check_remainders(p, state, self.bits)
-        return p
+        p16 = [x for x in values if x is not None]
+        _check_remainders(p16, like, state.dtypes, self.bits)
+        return state, like, p16
 
-    def _whole(self, arrays: Any, params: Any) -> Any:
-        """What the wrapped optimizer gets: ours the whole model, optax the arrays."""
+    def _whole(self, arrays: PyTree, params: PyTree) -> PyTree:
+        """What the wrapped optimizer gets: ours the whole model, optax's the arrays."""
         is_ours = isinstance(self.optim, AbstractOptimizer)
         return eqx.combine(arrays, params) if is_ours else arrays
 
 
-def _check_remainders(params: Any, state: CompensatedState, bits: int) -> None:
-    dtypes = iter(state.dtypes)
-    for path, x, r in paired_leaves(params, state.remainder):
-        if r is None:
-            continue
-        expected = next(dtypes, None)
-        if str(x.dtype) != expected:
+_STATE = "the optimizer state"
+
+
+def _inexact(tree: PyTree) -> PyTree:
+    arrays = trained_arrays(True, flatten(tree))
+    return arrays.rebuilt(arrays.values)
+
+
+def _in_tree(values: Sequence[Array], like: Leaves) -> PyTree:
+    """The tree of remainders, with other arrays in their places."""
+    rest = iter(values)
+    return like.rebuilt([None if r is None else next(rest) for r in like.values])
+
+
+def _places(like: Leaves) -> list[Path]:
+    """The paths of the parameters that have a remainder."""
+    pairs = zip(like.paths, like.values, strict=True)
+    return [path for path, r in pairs if r is not None]
+
+
+def _keys(like: Leaves) -> list[int]:
+    return [text_hash(jtu.keystr(path)) for path in _places(like)]
+
+
+def _check_remainders(
+    p16: list[Array], like: Leaves, dtypes: tuple[str, ...], bits: int
+) -> None:
+    r16 = [r for r in like.values if r is not None]
+    for path, x, r, dtype in zip(_places(like), p16, r16, dtypes, strict=False):
+        if str(x.dtype) != dtype:
             raise ValueError(
                 f"params{path_text(path)} has dtype {x.dtype}, but the state keeps a "
-                f"remainder for {expected} there. Cast the model before `init`, not "
-                "after it."
+                f"remainder for {dtype} there. Cast the model before `init`, not after "
+                "it."
             )
         if r.dtype != np.dtype(f"int{bits}"):
             raise ValueError(
@@ -269,82 +297,84 @@ def _check_remainders(params: Any, state: CompensatedState, bits: int) -> None:
             )
 
 
-def _check_no_other(params: Any, updates: Any, remainder: Any) -> None:
-    """That no 16-bit parameter is trained without a remainder."""
-    found = zip(leaves_with_path(params), leaves_with_path(updates), strict=True)
-    for ((path, x), (_, u)), (_, r) in zip(
-        found, leaves_with_path(remainder), strict=True
-    ):
-        if r is None and u is not None and _is_16_bit(x):
+def _checked_gradients(grads: PyTree, like: Leaves) -> PyTree:
+    """The gradients as arrays, once they fit the parameters that have a remainder. The
+    wrapped optimizer checks the others."""
+    leaves = flatten(grads)
+    g = leaves.rebuilt([as_gradient(x) for x in leaves.values])
+    for path, x in zip(leaves.paths, flatten(g).values, strict=True):
+        check_gradient(path, x)
+    checked_leaves("grads", g, like, other=_STATE, keep_extra=True)
+    return g
+
+
+def _checked_updates(
+    updates: PyTree, params: PyTree, like: Leaves
+) -> list[Array | None]:
+    """The updates of the wrapped optimizer, once no 16-bit parameter is trained without
+    a remainder."""
+    u, p = flatten(updates).values, flatten(_inexact(params)).values
+    for path, x, update, r in zip(like.paths, p, u, like.values, strict=True):
+        if r is None and update is not None and _is_16_bit(x):
             raise ValueError(
                 f"params{path_text(path)} has dtype {x.dtype}, but the state keeps no "
                 "remainder for it. Cast the model before `init`, not after it."
             )
+    return u
 
 
-def _dtypes(params: Any, remainder: Any) -> tuple[str, ...]:
-    pairs = paired_leaves(params, remainder)
-    return tuple(str(x.dtype) for _, x, r in pairs if r is not None)
-
-
-def _is_16_bit(x: Any) -> bool:
+def _is_16_bit(x: Array) -> bool:
     return jnp.issubdtype(x.dtype, np.floating) and x.dtype.itemsize == 2
 
 
 def _wide(x: Array) -> Array:
-    # Rounded, since XLA may have put off the rounding of a sum that `x` is.
+    # Rounded again: if `x` is a sum, XLA may have put off its rounding.
     return _in_precision_of(x, x.astype(np.float32)) if _is_16_bit(x) else x
 
 
-def _where(remainder: Any, tree: Any) -> Any:
-    """A tree with its leaves only where there is a remainder."""
-    keep = lambda r, x: None if r is None else x
-    return jax.tree.map(keep, remainder, tree, is_leaf=is_entry)
-
-
 @jaxtyped(typechecker=beartype)
-def _master(params: _Arrays, remainder: _Remainders) -> _Arrays:
+def _master(params: ArrayTree, remainder: _Remainders) -> ArrayTree:
     """The float32 parameters."""
     return jax.tree.map(lambda p, r: _wide(p) + _decode(r, p), params, remainder)
 
 
 @jaxtyped(typechecker=beartype)
 def _split(
-    updates: _Arrays,
-    wide: _Arrays,
-    params: _Arrays,
+    updates: ArrayTree,
+    wide: ArrayTree,
+    params: ArrayTree,
     remainder: _Remainders,
+    keys: PyTree[int],
     count: Int32[Array, ""],
-) -> tuple[_Arrays, _Remainders]:
-    """Splits updates into those that 16-bit parameters take, and new remainders."""
-    positions = jtu.tree_structure(params)
-    positions = positions.unflatten(range(positions.num_leaves))
-
-    def split(u: Any, w: Any, p: Any, r: Any, i: int) -> tuple[Any, Any]:
-        return _split_leaf(u, w, p, r, (count, i))
-
-    out = jax.tree.map(split, updates, wide, params, remainder, positions)
-    part = lambda i: jax.tree.map(lambda _, pair: pair[i], positions, out)
-    return part(0), part(1)
+) -> tuple[ArrayTree, _Remainders]:
+    """Splits updates into those that 16-bit parameters take, and new remainders. The
+    arguments are lists of leaves, and `keys` are hashes of the leaves' paths."""
+    name = text_hash("remainder")
+    leaves = zip(updates, wide, params, remainder, keys, strict=True)
+    split = [_split_leaf(u, w, p, r, (count, key, name)) for u, w, p, r, key in leaves]
+    return [update for update, _ in split], [r for _, r in split]
 
 
-def _split_leaf(u: Array, wide: Array, p: Array, r: Array, key: Any) -> Any:
+def _split_leaf(
+    u: Array, wide: Array, p: Array, r: Array, key: tuple[Array, int, int]
+) -> tuple[Array, Array]:
     target = wide + u.astype(np.float32)
     rounded, before = _in_precision_of(p, target), _wide(p)
-    # An infinite parameter stays as it is, though infinity minus itself is no number.
+    # An infinite parameter stays as it is, although infinity minus itself is a NaN.
     update = jnp.where(rounded == before, 0, _in_precision_of(p, rounded - before))
     after = _in_precision_of(p, before + update)
     return update.astype(p.dtype), _encode(target - after, after, p, r, key)
 
 
 def _in_precision_of(p: Array, x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Rounds a float32 array to a 16-bit type, but leaves it float32. XLA may leave out
-    a conversion there and back, but not this."""
+    """Rounds a float32 array to a 16-bit type, but leaves it float32. XLA may remove a
+    conversion to the type and back, but not this."""
     info = jnp.finfo(p.dtype)
     x16 = lax.reduce_precision(x, exponent_bits=info.nexp, mantissa_bits=info.nmant)
     if p.dtype != np.float16:
         return x16
-    # `reduce_precision` makes zeros of numbers that float16 has below its exponents.
+    # `reduce_precision` flushes subnormal numbers to zero. Those of float16 lie below
+    # 2^-14, and are multiples of 2^-24.
     spacing = np.float32(2.0**-24)
     return jnp.where(jnp.abs(x) < 2.0**-14, jnp.round(x / spacing) * spacing, x16)
 
@@ -355,9 +385,9 @@ def _in_precision_of(p: Array, x: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 class _Codes(NamedTuple):
-    """What the integers mean, in parts of a unit in the last place: up to `single` one
-    part each, up to `fourfold` four parts more each, and above that there are `steps`
-    to each doubling."""
+    """What the integers mean, in `parts` of a unit in the last place. Up to `single`
+    each of them is one part more, up to `fourfold` four parts more, and above that
+    there are `steps` of them to each doubling."""
 
     parts: int
     single: int
@@ -367,17 +397,27 @@ class _Codes(NamedTuple):
 
     @property
     def largest(self) -> int:
-        """The number of parts that the code `fourfold` stands for."""
+        """The number of parts that the code `fourfold` represents."""
         return self.single + 4 * (self.fourfold - self.single)
 
 
+# Half a unit, the largest remainder after an ordinary step, must lie below `largest`,
+# with room for the rest of the codes above it.
+#   16 bits: half a unit is 32768 parts. The first 32256 = 32768 (1 - 1/64) are exact,
+#     so one remainder in 64 is not. The next 256 codes reach 32256 + 4 * 256 = 33280
+#     parts, just above half a unit. The last 255 codes, ten to each doubling, reach
+#     2^25 times that, beyond all 24 bits of float32.
+#   8 bits: half a unit is 128 parts. 112 + 4 * 8 = 144, and the last seven codes, one
+#     to each doubling, reach 2^7 times that.
 _CODES = {
     1: _Codes(2**8, 112, 120, 1, 127),
     2: _Codes(2**16, 32256, 32512, 10, 32767),
 }
 
 
-def _encode(rest: Array, after: Array, p: Array, r: Array, key: Any) -> Array:
+def _encode(
+    rest: Array, after: Array, p: Array, r: Array, key: tuple[Array, int, int]
+) -> Array:
     codes, chance = _CODES[r.dtype.itemsize], uniform(seed_of(key), p.shape)
     parts = jnp.abs(rest) / _last_place(after, p.dtype) * codes.parts
     code = up_or_down(_position(parts, codes), chance)
@@ -394,7 +434,7 @@ def _decode(r: Array, p: Array) -> Float[Array, "..."]:
 
 
 def _position(parts: Array, codes: _Codes) -> Array:
-    """The code of a number of parts, if codes were real."""
+    """The code of a number of parts, if codes were real numbers."""
     fourfold = codes.single + (parts - codes.single) / 4
     doubled = jnp.log2(jnp.maximum(parts, codes.largest) / codes.largest)
     above = codes.fourfold + codes.steps * doubled
@@ -402,7 +442,7 @@ def _position(parts: Array, codes: _Codes) -> Array:
     return jnp.where(parts <= codes.largest, position, above)
 
 
-def _parts(position: Any, codes: _Codes) -> Any:
+def _parts(position: Array, codes: _Codes) -> Array:
     """The inverse of `_position`."""
     fourfold = codes.single + 4 * (position - codes.single)
     above = codes.largest * jnp.exp2((position - codes.fourfold) / codes.steps)
@@ -410,9 +450,10 @@ def _parts(position: Any, codes: _Codes) -> Any:
     return jnp.where(position <= codes.fourfold, parts, above)
 
 
-def _last_place(x: Array, dtype: Any) -> Float[Array, "..."]:
+def _last_place(x: Array, dtype: DType) -> Float[Array, "..."]:
     """The unit in the last place of 16-bit numbers, as a power of two. For bfloat16
-    numbers below 2^-100 it is that of 2^-100, lest it leave the range of float32."""
+    numbers below 2^-100 it is that of 2^-100, so that parts of it stay in the range of
+    float32."""
     smallest = -14 if dtype == np.float16 else -100
     exponents = lax.bitcast_convert_type(jnp.abs(x), np.int32) >> 23
     exponents = jnp.maximum(exponents, smallest + 127) - jnp.finfo(dtype).nmant
@@ -420,7 +461,7 @@ def _last_place(x: Array, dtype: Any) -> Float[Array, "..."]:
 
 
 def _encode_at_zero(rest: Array, r: Array, chance: Array) -> Array:
-    """Zero has no last place: there a remainder is the first bits of a float32."""
+    """Zero has no last place. There, a remainder is the first bits of a float32."""
     left_out = 32 - jnp.iinfo(r.dtype).bits
     extra = (chance * np.float32(2**left_out)).astype(np.uint32)
     pattern = (lax.bitcast_convert_type(rest, np.uint32) + extra) >> left_out

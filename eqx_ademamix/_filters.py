@@ -1,0 +1,194 @@
+"""Filter specs, and the leaves that they select."""
+
+from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, PyTree
+
+from ._paths import (
+    Departure,
+    Leaves,
+    Node,
+    Path,
+    align,
+    children,
+    contrast,
+    describe,
+    flatten,
+    is_leaf,
+    leaves_with_path,
+    path_text,
+    structure,
+)
+from ._storage.codec import Stored, Struct
+from ._storage.format import Moments
+
+
+# Bools, or callables from an array to a bool. Checked where it meets a model.
+FilterSpec: TypeAlias = PyTree
+
+
+def with_python_bools(spec: FilterSpec) -> FilterSpec:
+    """A filter spec without NumPy bools, which `eqx.filter_jit` would trace."""
+    return jax.tree.map(lambda x: bool(x) if isinstance(x, np.bool_) else x, spec)
+
+
+def as_bools(spec: FilterSpec, arrays: Leaves, name: str) -> list[bool]:
+    """Resolves a filter spec to one bool for each leaf of a tree of arrays and `None`:
+    `False` for `None`.
+
+    A spec is a bool for a whole subtree, a callable on each array of it, or a node
+    whose children are specs. Where a tree has no arrays, a spec may be anything. So it
+    may be shaped like the whole model or like the filtered one.
+    """
+    if is_leaf(spec):
+        specs: Sequence[Node] = [spec] * len(arrays.values)
+    elif structure(spec) == arrays.treedef:
+        specs = [leaf for _, leaf in leaves_with_path(spec)]
+    else:
+        tree = _by_node(spec, arrays.rebuilt(arrays.values), name)
+        return [bool(flag) for _, flag in leaves_with_path(tree)]
+    places = zip(specs, arrays.values, arrays.paths, strict=True)
+    return [x is not None and _as_bool(s, x, name, path) for s, x, path in places]
+
+
+def _by_node(
+    spec: FilterSpec, arrays: PyTree, name: str, path: Path = ()
+) -> PyTree[bool | None]:
+    if not jtu.tree_leaves(arrays):
+        return arrays
+    if is_leaf(spec):
+        return jtu.tree_map_with_path(
+            lambda key, x: _as_bool(spec, x, name, path + key), arrays
+        )
+    (specs, spec_def), (subtrees, treedef) = children(spec), children(arrays)
+    if is_leaf(arrays) or spec_def != treedef:
+        found, expected = contrast(spec, arrays)
+        raise ValueError(
+            f"{name}{path_text(path)} is {found}, but the parameters have {expected} "
+            "there. A mask is a bool, a callable on one array, or a tree of bools "
+            "shaped like the model or a prefix of it."
+        )
+    pairs = zip(specs, subtrees, strict=True)
+    return treedef.unflatten(
+        _by_node(child, sub, name, path + key) for (_, child), (key, sub) in pairs
+    )
+
+
+def _as_bool(spec: Node, array: Array, name: str, path: Path) -> bool:
+    return checked_bool(spec(array) if callable(spec) else spec, array, name, path)
+
+
+def checked_bool(flag: object, array: Array | Struct, name: str, path: Path) -> bool:
+    if isinstance(flag, (bool, np.bool_)):
+        return bool(flag)
+    what_to_do = (
+        "Under plain `jax.jit`, a mask cannot be an argument: use `eqx.filter_jit`."
+        if isinstance(flag, Tracer)
+        else "Use True or False there, or a callable that returns one of them."
+    )
+    raise TypeError(
+        f"{name}{path_text(path)} is {describe(flag)}, but a bool was expected for "
+        f"{describe(array)}. {what_to_do}"
+    )
+
+
+#
+# Selecting
+#
+
+
+def trained_arrays(trainable: FilterSpec, tree: Leaves) -> Leaves:
+    """The inexact arrays of a tree that a filter spec selects, `None` elsewhere."""
+    arrays = tree._replace(values=[_inexact_array(x) for x in tree.values])
+    keep = as_bools(trainable, arrays, "trainable")
+    pairs = zip(arrays.values, keep, strict=True)
+    return arrays._replace(values=[x if flag else None for x, flag in pairs])
+
+
+def _inexact_array(x: Node) -> Array | None:
+    if not eqx.is_inexact_array(x):
+        return None
+    return x if isinstance(x, jax.Array) else jnp.asarray(x)
+
+
+class Leaf(NamedTuple):
+    """One leaf of the trees that go into `update`. Nothing in it is checked yet."""
+
+    path: Path
+    grad: Node
+    param: Node  # what `params` (if there are none, `grads`) hold there
+    trained: Array | None  # the same, if it is trained
+    moments: Moments[Stored | None]  # `None` where the state has none
+
+
+class Selection(NamedTuple):
+    """The trees that go into `update`, in the order of the leaves of `m2`. Departures
+    are the places where another tree is built differently than `m2`."""
+
+    leaves: list[Leaf]
+    like: Leaves  # the tree `m2`
+    grads: list[Departure]
+    trained: list[Departure]
+    m1: list[Departure]
+    nu: list[Departure]
+
+
+def select(
+    trainable: FilterSpec,
+    grads: PyTree,
+    moments: Moments[PyTree],
+    params: PyTree | None,
+) -> Selection:
+    """Flattens the trees that go into `update`, and selects the leaves to train."""
+    like = flatten(moments.m2)
+    m1, nu, g = (align(tree, like) for tree in (moments.m1, moments.nu, grads))
+    whole = grads if params is None else params
+    base = flatten(whole)
+    chosen = trained_arrays(trainable, base)
+    trained = align(chosen.rebuilt(chosen.values), like)
+    leaves = [
+        Leaf(path, as_gradient(grad), param, x, Moments(*m))
+        for path, grad, param, x, *m in zip(
+            like.paths,
+            g.values,
+            align(whole, like).values,
+            trained.values,
+            m1.values,
+            like.values,
+            nu.values,
+            strict=True,
+        )
+    ]
+    missing = [_with_node(departure, base) for departure in trained.departures]
+    return Selection(leaves, like, g.departures, missing, m1.departures, nu.departures)
+
+
+def _with_node(departure: Departure, base: Leaves) -> Departure:
+    """A departure with what is really there, where selecting left `None` instead of
+    something that is not an array."""
+    node = dict(zip(base.paths, base.values, strict=True)).get(departure.path)
+    is_other = departure.found is None and not eqx.is_inexact_array(node)
+    return departure._replace(found=node) if is_other else departure
+
+
+def decayed(mask: FilterSpec, selection: Selection, has_decay: bool) -> list[bool]:
+    """Which leaves are decayed: one bool for each leaf that is trained."""
+    mask = mask if has_decay else False
+    arrays = [leaf.trained for leaf in selection.leaves]
+    flags = as_bools(mask, selection.like._replace(values=arrays), "weight_decay_mask")
+    pairs = zip(flags, arrays, strict=True)
+    return [flag for flag, x in pairs if x is not None]
+
+
+def as_gradient(x: Node) -> Node:
+    if getattr(x, "dtype", None) == jax.dtypes.float0:
+        return None  # what `jax.grad(..., allow_int=True)` returns for integers
+    is_numpy = isinstance(x, (np.ndarray, np.generic))
+    return jnp.asarray(x) if is_numpy else x

@@ -1,0 +1,1 @@
+"""To and from other optimizers: optax, PyTorch, and runs that change their plan."""

@@ -1,0 +1,130 @@
+"""From AdamW to AdEMAMix in the middle of a run, and back."""
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import PyTree
+
+from .._ademamix import AdEMAMix
+from .._checks import check_supported
+from .._inspection import find
+from .._paths import Node, is_entry
+from .._state import AdEMAMixState
+from .._step import AbstractMomentOptimizer
+from .._storage.codec import Encoded, Stored
+from .._typing import no_type_check
+from .adopt import adopted, copied, copies, our_state
+
+
+@no_type_check
+def from_adamw(opt_state: PyTree, optim: AdEMAMix, params: PyTree) -> AdEMAMixState:
+    """Moves a run of `optax.adam` or `optax.adamw` to AdEMAMix.
+
+    `m1`, `nu` and `count` continue from their present values. `m2` and `count_m2` start
+    at 0, and with them the schedules of `b3` and `alpha`. With `alpha=0` the run
+    continues exactly as AdamW would have.
+
+    **Arguments:**
+
+    - `opt_state`: the state of an optax optimizer that contains one
+        `optax.ScaleByAdamState` at any depth: inside `optax.chain`,
+        `optax.inject_hyperparams`, `optax.MultiSteps` (at the end of an accumulation:
+        accumulated gradients are not carried over), ... (`optax.adamax` has a state of
+        the same class, but with another meaning.)
+    - `optim`: the optimizer that continues the run.
+    - `params`: the model.
+
+    **Returns:**
+
+    The state of `optim`, in its own format. It shares no buffer with `opt_state`.
+
+    **Raises:**
+
+    - `ValueError`: if `opt_state` has no Adam state or more than one, or the state of
+        another model.
+
+    !!! Example
+
+        ```python
+        import jax.numpy as jnp
+        import optax
+        import eqx_ademamix
+
+        params = {"w": jnp.ones(3)}
+        adamw = optax.adamw(1e-3)
+        _, opt_state = adamw.update(params, adamw.init(params), params)
+
+        optim = eqx_ademamix.AdEMAMix(
+            1e-3, alpha=eqx_ademamix.alpha_scheduler(8.0, warmup=1000)
+        )
+        state = eqx_ademamix.from_adamw(opt_state, optim, params)
+        assert state.count == 1 and state.count_m2 == 0
+        ```
+    """
+    check_supported(optim, AdEMAMix, AbstractMomentOptimizer)
+    adam = find(opt_state, _is_adam, "of Adam or AdamW")
+    blank = optim.init(params)
+    m1 = adopted("opt_state.mu", adam.mu, blank.m2, blank.m1)
+    nu = adopted("opt_state.nu", adam.nu, blank.m2, blank.nu, is_real=True)
+    return AdEMAMixState(
+        count=copied(adam.count, jnp.int32),
+        count_m2=blank.count_m2,
+        m1=m1,
+        m2=jax.tree.map(_zeros_sharded_as, nu, blank.m2, is_leaf=is_entry),
+        nu=nu,
+    )
+
+
+@no_type_check
+def to_adamw(state: AdEMAMixState) -> optax.ScaleByAdamState:
+    """Moves a run back to AdamW, and drops the slow average.
+
+    **Arguments:**
+
+    - `state`: the state of an [`eqx_ademamix.AdEMAMix`][], or one that contains it.
+
+    **Returns:**
+
+    The state of `optax.scale_by_adam`, which is the first element of the state of
+    `optax.adamw`. It shares no buffer with `state`.
+
+    **Raises:**
+
+    - `ValueError`: if it is not such a state, or has no `m1` because `b1=0`.
+
+    !!! Example
+
+        ```python
+        import jax.numpy as jnp
+        import optax
+        import eqx_ademamix
+
+        params = {"w": jnp.ones(3)}
+        state = eqx_ademamix.init(eqx_ademamix.AdEMAMix(1e-3), params)
+        adamw = optax.adamw(1e-3)
+        opt_state = (eqx_ademamix.to_adamw(state), *adamw.init(params)[1:])
+        ```
+    """
+    state = our_state(state)
+    if jax.tree.leaves(state.m2) and not jax.tree.leaves(state.m1):
+        raise ValueError(
+            "`state` has no first moment, since its optimizer has `b1=0`, but Adam "
+            "needs one. Adam with `b1=0` is RMSProp: use `optax.scale_by_rms`."
+        )
+    return optax.ScaleByAdamState(
+        count=copied(state.count), mu=copies(state.m1), nu=copies(state.nu)
+    )
+
+
+def _is_adam(x: Node) -> bool:
+    return isinstance(x, optax.ScaleByAdamState)
+
+
+def _zeros_sharded_as(x: Stored | None, own: Stored | None) -> Stored | None:
+    """A moment of zeros with the sharding of another moment of the parameter, which may
+    differ from that of the parameter itself."""
+    if own is None or x is None:
+        return None
+    like = x.real[0] if isinstance(x, Encoded) else x
+    shaped = lambda part: like if part.shape == like.shape else part
+    return jax.tree.map(lambda part: jnp.zeros_like(shaped(part), part.dtype), own)

@@ -1,0 +1,194 @@
+"""From the optimizers in optax.contrib, and back."""
+
+from typing import Any, overload
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jaxtyping import Array, Int32, PyTree
+
+from .._ademamix import AdEMAMix
+from .._checks import check_optimizer
+from .._hyperparams import Scalar, resolve_decay
+from .._inspection import decoded, find
+from .._numerics import Decay, bias_factor, moving_sum
+from .._paths import Node
+from .._simplified import SimplifiedAdEMAMix
+from .._state import AbstractMomentState, AdEMAMixState, SimplifiedAdEMAMixState
+from .._step import AbstractMomentOptimizer
+from .._typing import no_type_check
+from .adopt import adopted, copied, copies
+
+
+@overload
+def from_optax(opt_state: PyTree, optim: AdEMAMix, params: PyTree) -> AdEMAMixState: ...
+@overload
+def from_optax(
+    opt_state: PyTree, optim: SimplifiedAdEMAMix, params: PyTree
+) -> SimplifiedAdEMAMixState: ...
+@no_type_check
+def from_optax(
+    opt_state: PyTree, optim: AdEMAMix | SimplifiedAdEMAMix, params: PyTree
+) -> AdEMAMixState | SimplifiedAdEMAMixState:
+    """Moves a run of `optax.contrib.ademamix` or `optax.contrib.simplified_ademamix` to
+    this package, without loss.
+
+    **Arguments:**
+
+    - `opt_state`: the state of an optax optimizer that contains one
+        `ScaleByAdemamixState` of `optax.contrib`, or one with the same fields from
+        another implementation, at any depth. For a
+        [`eqx_ademamix.SimplifiedAdEMAMix`][], one `ScaleBySimplifiedAdEMAMixState`.
+    - `optim`: the optimizer that continues the run.
+    - `params`: the model.
+
+    **Returns:**
+
+    The state of `optim`, in its own format. It shares no buffer with `opt_state`. A
+    `num`, which optax does not keep, is computed from `optim.b1` over all steps taken.
+
+    **Raises:**
+
+    - `ValueError`: if `opt_state` has no such state or more than one, or the state of
+        another model.
+
+    !!! Example
+
+        ```python
+        import jax.numpy as jnp
+        import optax
+        import eqx_ademamix
+
+        params = {"w": jnp.ones(3)}
+        opt_state = optax.contrib.ademamix(1e-3).init(params)
+        optim = eqx_ademamix.AdEMAMix(1e-3)
+        state = eqx_ademamix.from_optax(opt_state, optim, params)
+        ```
+    """
+    check_optimizer(optim, AbstractMomentOptimizer)
+    if isinstance(optim, SimplifiedAdEMAMix):
+        return _from_simplified(opt_state, optim, params)
+    found = find(opt_state, _is_ademamix, "of optax.contrib.ademamix")
+    blank = optim.init(params)
+    return AdEMAMixState(
+        count=copied(found.count, jnp.int32),
+        count_m2=copied(found.count_m2, jnp.int32),
+        m1=adopted("opt_state.m1", found.m1, blank.m2, blank.m1),
+        m2=adopted("opt_state.m2", found.m2, blank.m2, blank.m2),
+        nu=adopted("opt_state.nu", found.nu, blank.m2, blank.nu, is_real=True),
+    )
+
+
+def _from_simplified(
+    opt_state: PyTree, optim: SimplifiedAdEMAMix, params: PyTree
+) -> SimplifiedAdEMAMixState:
+    of_what = "of optax.contrib.simplified_ademamix"
+    found = find(opt_state, _is_simplified, of_what)
+    blank = optim.init(params)
+    count = copied(found.t, jnp.int32)
+    return SimplifiedAdEMAMixState(
+        count=count,
+        num=_num_after(optim, count),
+        m=adopted("opt_state.m", found.m, blank.m, blank.m),
+        nu=adopted("opt_state.n", found.n, blank.m, blank.nu, is_real=True),
+    )
+
+
+def _num_after(optim: SimplifiedAdEMAMix, count: Int32[Array, ""]) -> Scalar:
+    """The sum of the weights of all gradients after a number of steps."""
+    if not callable(optim.b1):  # the geometric series: (1 - b1^t) / (1 - b1)
+        _, complement = resolve_decay("b1", optim.b1, count)
+        steps = count.astype(float)
+        num = bias_factor(complement, jnp.maximum(steps, 1.0)) / complement
+        return jnp.where(steps > 0, num, 0.0)
+
+    def step(t: Int32[Array, ""], num: tuple[Scalar, Scalar]) -> tuple[Scalar, Scalar]:
+        # `num` is a sum of two floats, added without error (Knuth's TwoSum). In one
+        # float32 it would stop growing when a step changes less than its last digit: at
+        # b1 = 0.9999, five parts in ten thousand too early.
+        _, complement = resolve_decay("b1", optim.b1, t)
+        b1, (high, low) = Decay.of(complement), num
+        kept, change = (
+            b1.kept * high,
+            moving_sum(low, 1.0 - b1.pull * b1.complement * high, b1),
+        )
+        total = kept + change
+        part = total - kept
+        return total, (kept - (total - part)) + (change - part)
+
+    zero = jnp.zeros((), float)
+    high, low = lax.fori_loop(jnp.zeros_like(count), count, step, (zero, zero))
+    return high + low
+
+
+@overload
+def to_optax(state: AdEMAMixState) -> optax.contrib.ScaleByAdemamixState: ...
+@overload
+def to_optax(
+    state: SimplifiedAdEMAMixState,
+) -> optax.contrib.ScaleBySimplifiedAdEMAMixState: ...
+@overload
+def to_optax(state: PyTree) -> Any: ...
+@no_type_check
+def to_optax(
+    state: PyTree,
+) -> optax.contrib.ScaleByAdemamixState | optax.contrib.ScaleBySimplifiedAdEMAMixState:
+    """Moves a run to `optax.contrib.ademamix` or `optax.contrib.simplified_ademamix`,
+    without loss. Codes are decoded.
+
+    **Arguments:**
+
+    - `state`: the state of an [`eqx_ademamix.AdEMAMix`][] or
+        [`eqx_ademamix.SimplifiedAdEMAMix`][], or one that contains it.
+
+    **Returns:**
+
+    The state of `scale_by_ademamix` or `scale_by_simplified_ademamix` in
+    `optax.contrib`, which is the first element of the state of the whole optimizer
+    there. It shares no buffer with `state`. At `b1=0`, its `m1` is zero: we do not
+    store it, and the next step there does not read it.
+
+    !!! Example
+
+        ```python
+        import jax.numpy as jnp
+        import optax
+        import eqx_ademamix
+
+        params = {"w": jnp.ones(3)}
+        state = eqx_ademamix.init(eqx_ademamix.AdEMAMix(1e-3), params)
+        tx = optax.contrib.ademamix(1e-3)
+        opt_state = (eqx_ademamix.to_optax(state), *tx.init(params)[1:])
+        ```
+    """
+    found = decoded(find(state, _is_ours, "of AdEMAMix", name="state"))
+    if isinstance(found, SimplifiedAdEMAMixState):
+        return optax.contrib.ScaleBySimplifiedAdEMAMixState(
+            t=copied(found.count), m=copies(found.m), n=copies(found.nu)
+        )
+    has_m1 = jax.tree.leaves(found.m1) or not jax.tree.leaves(found.m2)
+    m1 = copies(found.m1) if has_m1 else jax.tree.map(jnp.zeros_like, found.m2)
+    return optax.contrib.ScaleByAdemamixState(
+        count=copied(found.count),
+        count_m2=copied(found.count_m2),
+        m1=m1,
+        m2=copies(found.m2),
+        nu=copies(found.nu),
+    )
+
+
+def _is_ours(x: Node) -> bool:
+    return isinstance(x, AbstractMomentState)
+
+
+# Optax's states are recognized by their fields, since other implementations have named
+# tuples of the same kind.
+
+
+def _is_ademamix(x: Node) -> bool:
+    return getattr(x, "_fields", None) == ("count", "count_m2", "m1", "m2", "nu")
+
+
+def _is_simplified(x: Node) -> bool:
+    return getattr(x, "_fields", None) == ("t", "m", "n")

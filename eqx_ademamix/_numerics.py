@@ -1,0 +1,212 @@
+"""Dtypes, moving averages, bias factors, rounding and hashing: arithmetic on arrays.
+
+A decay is given by its complement, `1 - decay`, which is the number that carries the
+precision: of 0.9999, float32 keeps only four significant digits of it.
+"""
+
+import math
+import zlib
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Inexact, Integer, UInt32
+
+
+DType: TypeAlias = np.dtype[Any]
+
+
+#
+# Dtypes
+#
+
+
+def complex_dtype(real: DType) -> DType:
+    """The complex dtype with parts in a real dtype, complex64 at the least."""
+    return np.dtype(np.complex128 if real == np.float64 else np.complex64)
+
+
+def real_dtype(dtype: DType) -> DType:
+    """The dtype of the parts of a complex dtype; a real dtype as it is."""
+    if dtype.kind != "c":
+        return dtype
+    return np.dtype(np.float64 if dtype.itemsize == 16 else np.float32)
+
+
+def compute_dtype(*dtypes: DType) -> DType:
+    """The real dtype of the arithmetic on arrays of these dtypes: float32 or better."""
+    is_wide = any(dtype.name in ("float64", "complex128") for dtype in dtypes)
+    return np.dtype(np.float64 if is_wide else np.float32)
+
+
+def cast(x: Array, real: DType) -> Array:
+    """`x` in a real dtype, or in the complex one of that precision if it is complex."""
+    return x.astype(complex_dtype(real) if jnp.iscomplexobj(x) else real)
+
+
+def in_type_of(like: Array, x: Array) -> Array:
+    """`x` in the dtype of another array of its shape, and weakly typed if that is.
+    Otherwise adding it would change a parameter's type, and the next step would compile
+    again."""
+    x = x.astype(like.dtype)
+    return jnp.zeros_like(like).at[...].set(x) if like.weak_type else x
+
+
+def rounded(value: Array, dtype: DType) -> Array:
+    """`value` in another dtype. A finite number stays finite: an infinite moment would
+    become a NaN at the next step."""
+    if dtype.itemsize == 2:
+        bound = float(jnp.finfo(dtype).max)
+        value = jnp.where(jnp.isfinite(value), jnp.clip(value, -bound, bound), value)
+    return value.astype(dtype)
+
+
+#
+# Real factors of real or complex arrays. Strict promotion does not mix the two, and the
+# product of a complex infinity and a real number, done in complex numbers, has a NaN.
+#
+
+
+def times(factor: Float[Array, ""], x: Inexact[Array, "..."]) -> Inexact[Array, "..."]:
+    """`factor * x`."""
+    return _componentwise(lambda part: factor * part, x)
+
+
+def over(x: Inexact[Array, "..."], divisor: Float[Array, "..."]) -> Array:
+    """`x / divisor`."""
+    return _componentwise(lambda part: part / divisor, x)
+
+
+def _componentwise(fn: Callable[[Array], Array], x: Array) -> Array:
+    if jnp.iscomplexobj(x):
+        return lax.complex(fn(x.real), fn(x.imag))
+    return fn(x)
+
+
+def abs_squared(x: Inexact[Array, "..."]) -> Float[Array, "..."]:
+    """$|x|^2$, real also for a complex `x`. Where the square of a finite number
+    overflows, it is the largest finite number, since an infinite average never
+    recovers."""
+    if jnp.iscomplexobj(x):
+        square = jnp.square(x.real) + jnp.square(x.imag)
+    else:
+        square = jnp.square(x)
+    largest = jnp.asarray(jnp.finfo(square.dtype).max, square.dtype)
+    return jnp.where(jnp.isfinite(x), jnp.minimum(square, largest), square)
+
+
+def power(x: Inexact[Array, "..."], order: int | float) -> Inexact[Array, "..."]:
+    return x if order == 1 else x**order
+
+
+def norm_power(x: Inexact[Array, "..."], order: int | float) -> Float[Array, "..."]:
+    """$|x|^n$, real."""
+    return abs_squared(x) if order == 2 else jnp.abs(x) ** order
+
+
+#
+# Moving averages
+#
+
+
+class Decay(NamedTuple):
+    r"""A decay $\beta$, prepared once for all arrays.
+
+    With the scalars below, $\beta x + y$ is `kept * x + (y - pull * x)`. For $\beta$
+    near 1 this is $x + (y - (1 - \beta) x)$, which keeps small changes. For $\beta$
+    near 0, where that would cancel, it is $\beta x + y$ as it is written.
+    """
+
+    complement: Float[Array, ""]  # 1 - beta
+    kept: Float[Array, ""]  # 1 if beta >= 1/2, otherwise beta
+    pull: Float[Array, ""]  # 1 if beta >= 1/2, otherwise 0
+
+    @classmethod
+    def of(cls, complement: Float[Array, ""]) -> "Decay":
+        is_slow = complement <= 0.5
+        kept = jnp.where(is_slow, 1.0, 1.0 - complement)
+        return cls(complement, kept, is_slow.astype(complement.dtype))
+
+
+def moving_average(average: Array, value: Array, decay: Decay) -> Array:
+    r"""$\beta a + (1 - \beta) v$ for the average $a$ and the new value $v$."""
+    difference = value - times(decay.pull, average)
+    return times(decay.kept, average) + times(decay.complement, difference)
+
+
+def moving_sum(total: Array, value: Array, decay: Decay) -> Array:
+    r"""$\beta s + v$ for the sum $s$ and the new value $v$."""
+    pulled = times(decay.pull * decay.complement, total)
+    return times(decay.kept, total) + (value - pulled)
+
+
+def bias_factor(complement: Float[Array, ""], count: Float[Array, ""]) -> Array:
+    r"""$1 - \beta^t$ from $1 - \beta$ and $t \ge 1$, without cancellation."""
+    return -jnp.expm1(count * jnp.log1p(-complement))
+
+
+#
+# Random numbers from a hash of a seed and of the position in the array. A hash costs
+# less than a generator, needs nothing from other devices, and repeats bit for bit.
+#
+
+
+def text_hash(text: str) -> int:
+    """32 bits that depend on a text only: the same in every process and on every
+    machine, which Python's own `hash` is not."""
+    return zlib.crc32(text.encode())
+
+
+def seed_of(key: Any) -> UInt32[Array, ""]:
+    """A seed from a PRNG key, from an array of integers, or from a tuple of integers.
+    A seed is odd, hence never 0, which stands for no randomness."""
+    if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.key_data(key)
+    words = key if isinstance(key, tuple) else jnp.ravel(jnp.asarray(key))
+    seed = jnp.zeros((), np.uint32)
+    for word in words:
+        seed = _mixed(seed * _GOLDEN + _word(word) + _GOLDEN)
+    return seed | np.uint32(1)
+
+
+def _word(x: int | Integer[Array, ""]) -> UInt32[Array, ""]:
+    return jnp.asarray(np.uint32(x) if isinstance(x, int) else x).astype(np.uint32)
+
+
+def uniform(seed: UInt32[Array, ""], shape: tuple[int, ...]) -> Float[Array, "..."]:
+    """Numbers in [0, 1), one for each position, as float32."""
+    position = jnp.zeros(shape, np.uint32)
+    for axis, stride in enumerate(_strides(shape)):
+        position += lax.broadcasted_iota(np.uint32, shape, axis) * np.uint32(stride)
+    word = _mixed(position * _GOLDEN + seed)
+    # The first 24 of the 32 bits: as many as float32 holds exactly.
+    return (word >> np.uint32(8)).astype(np.float32) * np.float32(2.0**-24)
+
+
+def up_or_down(x: Float[Array, "..."], chance: Array | np.float32) -> Array:
+    """Rounds to an integer: up if the fraction exceeds a number in [0, 1), otherwise
+    down. If that number is random, the mean of the result is `x`."""
+    below = jnp.floor(x)
+    return jnp.where(x - below > chance, below + 1, below)
+
+
+def _strides(shape: tuple[int, ...]) -> list[int]:
+    return [math.prod(shape[axis + 1 :]) % 2**32 for axis in range(len(shape))]
+
+
+def _mixed(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
+    """The final mix of MurmurHash3 for 32 bits ("fmix32", Appleby 2011). Its shifts and
+    its two odd multipliers were found by a search that made each input bit flip each
+    output bit with a probability close to one half. Every step is invertible, so
+    different positions never collide."""
+    x = (x ^ (x >> np.uint32(16))) * np.uint32(0x85EBCA6B)
+    x = (x ^ (x >> np.uint32(13))) * np.uint32(0xC2B2AE35)
+    return x ^ (x >> np.uint32(16))
+
+
+# 2^32 divided by the golden ratio, an odd number. Multiples of it, modulo 2^32, spread
+# neighboring integers evenly (Knuth, The Art of Computer Programming 3, section 6.4).
+_GOLDEN = np.uint32(0x9E3779B9)

@@ -1,0 +1,225 @@
+"""The states of the optimizers."""
+# A state reads the derived values of its own hyperparameters.
+# pyright: reportPrivateUsage=false
+
+import abc
+from collections.abc import Hashable
+from typing import Any, ClassVar, Generic, Self, TypeAlias, TypeVar
+
+import equinox as eqx
+import jax.numpy as jnp
+from beartype import beartype
+from jaxtyping import Array, Float, Inexact, Int32, PyTree, jaxtyped
+
+from ._hyperparams import H, Hyperparams, SimplifiedHyperparams
+from ._paths import Node, flatten
+from ._storage.codec import Encoded
+from ._storage.format import Moments
+from ._typing import no_type_check
+
+
+# jaxtyping binds the names: trees annotated with "Params" must have one structure, and
+# their leaves, one by one, the same shape.
+# pyright: reportUndefinedVariable=false
+ArrayTree: TypeAlias = PyTree[Inexact[Array, "?*leaf"], "Params"]
+MomentTree: TypeAlias = PyTree[Inexact[Array | Encoded, "?*leaf"], "Params"]
+SquareTree: TypeAlias = PyTree[Float[Array | Encoded, "?*leaf"], "Params"]
+BoolTree: TypeAlias = PyTree[bool, "Params"]
+
+
+class AbstractMomentState(eqx.Module, Generic[H]):
+    """A state with up to three moments for each parameter, and a counter of steps."""
+
+    # What the moments are called, which fields count steps, and which add up weights.
+    names: ClassVar[Moments[str]]
+    counters: ClassVar[tuple[str, ...]]
+    weights: ClassVar[tuple[str, ...]]
+
+    count: eqx.AbstractVar[Int32[Array, ""]]
+
+    @property
+    @abc.abstractmethod
+    def moments(self) -> Moments[PyTree]:
+        """The trees of moments."""
+
+    @classmethod
+    @abc.abstractmethod
+    @no_type_check  # beartype rejects `Self` in a method that it decorates by itself
+    def start(cls, moments: Moments[PyTree]) -> Self:
+        """The state before the first step, from moments of zeros."""
+
+    @abc.abstractmethod
+    @no_type_check
+    def after(self, moments: Moments[PyTree], h: H) -> Self:
+        """The state after a step, from the new moments."""
+
+
+S = TypeVar("S", bound=AbstractMomentState[Any])
+
+
+class AdEMAMixState(AbstractMomentState[Hyperparams]):
+    r"""The state of [`eqx_ademamix.AdEMAMix`][]. Arrays only.
+
+    **Attributes:**
+
+    - `count`: the number of steps taken, an int32 scalar. The bias corrections and the
+        schedule of the learning rate depend on it.
+    - `count_m2`: the number of steps that the slow average has taken, an int32 scalar.
+        The schedules of `b3` and `alpha` depend on it. Both counters saturate at
+        $2^{31} - 1$.
+    - `m1`: the fast average of the gradients, shaped like the trained parameters, with
+        `None` at all other leaves (at every leaf if `b1=0`).
+    - `m2`: the slow average of the gradients, shaped like `m1`.
+    - `nu`: the average of the squared magnitudes of the gradients, shaped like `m1`,
+        real.
+    """
+
+    names: ClassVar[Moments[str]] = Moments("m1", "m2", "nu")
+    counters: ClassVar[tuple[str, ...]] = ("count", "count_m2")
+    weights: ClassVar[tuple[str, ...]] = ()
+
+    count: Int32[Array, ""]
+    count_m2: Int32[Array, ""]
+    m1: PyTree[None] | MomentTree
+    m2: MomentTree
+    nu: SquareTree
+
+    @no_type_check
+    def __init__(
+        self,
+        count: Int32[Array, ""],
+        count_m2: Int32[Array, ""],
+        m1: PyTree[None] | MomentTree,
+        m2: MomentTree,
+        nu: SquareTree,
+    ):
+        """**Arguments:** as the attributes.
+
+        **Raises:**
+
+        - `jaxtyping.TypeCheckError`: if the trees do not agree in structure, or their
+            arrays in shape.
+        """
+        _check_counters(count, count_m2)
+        check_trees(m2, nu, m1)
+        self.count, self.count_m2 = count, count_m2
+        self.m1, self.m2, self.nu = m1, m2, nu
+
+    @property
+    def moments(self) -> Moments[PyTree]:
+        return Moments(self.m1, self.m2, self.nu)
+
+    @classmethod
+    @no_type_check
+    def start(cls, moments: Moments[PyTree]) -> Self:
+        zero = lambda: jnp.zeros((), jnp.int32)  # two buffers, so both can be donated
+        return cls(zero(), zero(), *moments)
+
+    @no_type_check
+    def after(self, moments: Moments[PyTree], h: Hyperparams) -> Self:
+        counts = next_count(self.count), next_count(self.count_m2)
+        return type(self)(*counts, *moments)
+
+
+class SimplifiedAdEMAMixState(AbstractMomentState[SimplifiedHyperparams]):
+    r"""The state of [`eqx_ademamix.SimplifiedAdEMAMix`][]. Arrays only.
+
+    **Attributes:**
+
+    - `count`: the number of steps taken, an int32 scalar, which saturates at
+        $2^{31} - 1$.
+    - `num`: the sum of the weights of all gradients in `m`, a scalar of the default
+        float. At a constant $\beta_1$ it is $(1 - \beta_1^t) / (1 - \beta_1)$.
+    - `m`: the decaying sum of the gradients, shaped like the trained parameters, with
+        `None` at all other leaves.
+    - `nu`: the average of the squared magnitudes of the gradients, shaped like `m`,
+        real.
+    """
+
+    names: ClassVar[Moments[str]] = Moments(None, "m", "nu")
+    counters: ClassVar[tuple[str, ...]] = ("count",)
+    weights: ClassVar[tuple[str, ...]] = ("num",)
+
+    count: Int32[Array, ""]
+    num: Float[Array, ""]
+    m: MomentTree
+    nu: SquareTree
+
+    @no_type_check
+    def __init__(
+        self,
+        count: Int32[Array, ""],
+        num: Float[Array, ""],
+        m: MomentTree,
+        nu: SquareTree,
+    ):
+        """**Arguments:** as the attributes.
+
+        **Raises:**
+
+        - `jaxtyping.TypeCheckError`: if the trees do not agree in structure, or their
+            arrays in shape.
+        """
+        _check_num(count, num)
+        check_trees(m, nu, m)
+        self.count, self.num = count, num
+        self.m, self.nu = m, nu
+
+    @property
+    def moments(self) -> Moments[PyTree]:
+        return Moments(None, self.m, self.nu)
+
+    @classmethod
+    @no_type_check
+    def start(cls, moments: Moments[PyTree]) -> Self:
+        zeros = jnp.zeros((), jnp.int32), jnp.zeros((), float)
+        return cls(*zeros, moments.m2, moments.nu)
+
+    @no_type_check
+    def after(self, moments: Moments[PyTree], h: SimplifiedHyperparams) -> Self:
+        count, num = next_count(self.count), h._num.astype(self.num.dtype)
+        return type(self)(count, num, moments.m2, moments.nu)
+
+
+def next_count(count: Int32[Array, ""]) -> Int32[Array, ""]:
+    """`count + 1`, saturating: a counter that wraps would restart the schedules."""
+    return jnp.minimum(count, jnp.iinfo(jnp.int32).max - 1) + 1
+
+
+#
+# The types of the fields, which bind wherever a state is made
+#
+
+
+@jaxtyped(typechecker=beartype)
+def _check_counters(count: Int32[Array, ""], count_m2: Int32[Array, ""]) -> None: ...
+
+
+@jaxtyped(typechecker=beartype)
+def _check_num(count: Int32[Array, ""], num: Float[Array, ""]) -> None: ...
+
+
+def check_trees(m2: PyTree, nu: PyTree, m1: PyTree) -> None:
+    """Binds the types of all leaves, once for each distinct type of leaf. Binding them
+    leaf by leaf would take longer than tracing the step."""
+    trees = [flatten(tree) for tree in (m2, nu, m1)]
+    if len({tree.treedef for tree in trees}) > 1:
+        _check_leaves(m2, nu, m1)
+        return
+    places = zip(*(tree.values for tree in trees), strict=True)
+    distinct = {tuple(map(_leaf_type, place)): place for place in places}
+    m2, nu, m1 = zip(*distinct.values(), strict=True) if distinct else ((), (), ())
+    _check_leaves(m2, nu, m1)
+
+
+def _leaf_type(x: Node) -> tuple[Hashable, ...]:
+    return type(x), getattr(x, "shape", None), getattr(x, "dtype", None)
+
+
+@jaxtyped(typechecker=beartype)
+def _check_leaves(
+    m2: MomentTree,
+    nu: SquareTree,
+    # After those that say what "Params" is: a tree of None would bind it to itself.
+    m1: PyTree[None] | MomentTree,
+) -> None: ...

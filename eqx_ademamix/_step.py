@@ -1,0 +1,215 @@
+"""The step that all optimizers share: select, check, resolve, apply, rebuild."""
+
+import abc
+import functools as ft
+from collections.abc import Sequence
+from typing import Any, Generic, TypeAlias
+
+import equinox as eqx
+import jax
+import jax.tree_util as jtu
+import numpy as np
+from beartype import beartype
+from jaxtyping import Array, Float, Inexact, PyTree, jaxtyped
+
+from ._checks import (
+    check_alive,
+    check_not_empty,
+    check_params_given,
+    check_state_type,
+    check_step,
+)
+from ._filters import (
+    FilterSpec,
+    Selection,
+    as_bools,
+    decayed,
+    select,
+    trained_arrays,
+)
+from ._hyperparams import (
+    AbstractHyperparams,
+    H,
+    HyperParam,
+    HyperParamOrSchedule,
+    in_dtype,
+)
+from ._numerics import DType, cast, compute_dtype, in_type_of, text_hash, times
+from ._optimizer import AbstractOptimizer, hash_of
+from ._paths import Leaves, flatten, on_device
+from ._state import AbstractMomentState, S
+from ._storage.codec import Encoded, Stored, decode, store
+from ._storage.format import Moments, StateFormat, zeros
+from ._typing import no_type_check
+
+
+# The counter, and a hash of the leaf's path.
+Key: TypeAlias = tuple[Array, Array | np.uint32]
+
+
+class AbstractMomentOptimizer(AbstractOptimizer[S], Generic[S, H]):
+    """An optimizer that keeps up to three moments for each parameter.
+
+    It says how the moments of one leaf change (`averages`), and in which direction the
+    leaf moves (`direction`). The step does the rest.
+    """
+
+    learning_rate: eqx.AbstractVar[HyperParamOrSchedule]
+    weight_decay: eqx.AbstractVar[HyperParam]
+    weight_decay_mask: eqx.AbstractVar[FilterSpec]
+    trainable: eqx.AbstractVar[FilterSpec]
+    state_format: eqx.AbstractVar[StateFormat]
+
+    @property
+    @abc.abstractmethod
+    def state_type(self) -> type[S]:
+        """The class of the state."""
+
+    @property
+    @abc.abstractmethod
+    def has_m1(self) -> bool:
+        """Whether the state has `m1`."""
+
+    @abc.abstractmethod
+    def resolve(self, state: S) -> H:
+        """The hyperparameters of the next step."""
+
+    @staticmethod
+    @abc.abstractmethod
+    def averages(g: Array, m: Moments[Array], h: H) -> Moments[Array]:
+        """The moments of one leaf after the gradient `g`."""
+
+    @staticmethod
+    @abc.abstractmethod
+    def direction(g: Array, m: Moments[Array], h: H) -> Array:
+        """The direction in which one leaf moves, from its new moments."""
+
+    @no_type_check
+    def init(self, params: PyTree) -> S:
+        """See [`eqx_ademamix.init`][]."""
+        trained = trained_arrays(self.trainable, flatten(params))
+        check_not_empty(params, trained)
+        as_bools(self.weight_decay_mask, trained, "weight_decay_mask")
+        arrays = [x for x in trained.values if x is not None]
+        blank = [_zeros(self.state_format, x, self.has_m1) for x in arrays]
+        return self.state_type.start(_rebuilt(trained, blank))
+
+    @no_type_check
+    def update(
+        self, grads: PyTree, state: S, params: PyTree | None = None
+    ) -> tuple[PyTree, S]:
+        """See [`eqx_ademamix.update`][]."""
+        check_state_type(state, grads, self.state_type)
+        check_params_given(self.has_decay, params)
+        check_alive("optim", self)
+        state = on_device(state)
+        # 1. Select
+        selection = select(self.trainable, grads, state.moments, params)
+        # 2. Check
+        fmt, has_params = self.state_format, params is not None
+        check_step(selection, state, fmt, has_m1=self.has_m1, has_params=has_params)
+        # 3. Resolve
+        h = self.resolve(state)
+        is_decayed = decayed(self.weight_decay_mask, selection, self.has_decay)
+        # 4. Apply
+        leaves = _apply(type(self), state, selection, is_decayed, h, has_params)
+        # 5. Rebuild
+        like = selection.like
+        updates = like.rebuilt(_spread([update for update, _ in leaves], like))
+        moments = _rebuilt(like, [moments for _, moments in leaves])
+        return updates, state.after(moments, h)
+
+    def __hash__(self) -> int:
+        return hash_of(self)
+
+    @property
+    def has_decay(self) -> bool:
+        """Whether there is weight decay: an array counts, since its value may
+        change."""
+        return not (isinstance(self.weight_decay, float) and self.weight_decay == 0.0)
+
+
+def _zeros(fmt: StateFormat, param: Array, has_m1: bool) -> Moments[Stored]:
+    blank = zeros(fmt, param)
+    return blank if has_m1 else blank._replace(m1=None)
+
+
+def _rebuilt(like: Leaves, moments: Sequence[Moments[Stored]]) -> Moments[PyTree]:
+    """The three trees, from the moments of the leaves that are trained."""
+    trees = zip(*moments, strict=True) if moments else ((), (), ())
+    return Moments(*(like.rebuilt(_spread(tree, like)) for tree in trees))
+
+
+def _spread(values: Sequence[Stored | None], like: Leaves) -> list[Stored | None]:
+    """One value for each leaf of a tree, and `None` where that has `None`."""
+    rest = iter(values)
+    return [None if x is None else next(rest) for x in like.values]
+
+
+def _apply(
+    rule: type[AbstractMomentOptimizer[Any, Any]],
+    state: AbstractMomentState[Any],
+    selection: Selection,
+    is_decayed: list[bool],
+    h: AbstractHyperparams,
+    has_params: bool,
+) -> list[tuple[Array, Moments[Stored]]]:
+    """Applies a rule to each trained leaf. Returns their updates and moments."""
+    scalars = ft.cache(ft.partial(in_dtype, h))
+    leaves = [leaf for leaf in selection.leaves if leaf.trained is not None]
+    stepped: list[tuple[Array, Moments[Stored]]] = []
+    for leaf, flag in zip(leaves, is_decayed, strict=True):
+        g, (m1, m2, nu) = leaf.grad, leaf.moments
+        p = leaf.trained if has_params else None
+        real = compute_dtype(*(x.dtype for x in (g, p, m2, nu) if x is not None))
+        key = state.count, np.uint32(text_hash(jtu.keystr(leaf.path)))
+        args = g, m2, nu, m1, p, scalars(real), key
+        stepped.append(_leaf_step(rule, state.names, flag, *args))
+    return stepped
+
+
+@ft.partial(jax.jit, static_argnums=(0, 1, 2))
+@jaxtyped(typechecker=beartype)
+def _leaf_step(
+    rule: type[AbstractMomentOptimizer[Any, Any]],
+    names: Moments[str],
+    is_decayed: bool,
+    g: Inexact[Array, "*leaf"],
+    m2: Inexact[Array | Encoded, "*leaf"],
+    nu: Float[Array | Encoded, "*leaf"],
+    m1: Inexact[Array | Encoded, "*leaf"] | None,
+    p: Inexact[Array, "*leaf"] | None,
+    h: AbstractHyperparams,
+    key: Key,
+) -> tuple[Inexact[Array, "*leaf"], Moments[Stored]]:
+    """The step on one leaf: decode, average, store, combine. It is jitted, so that all
+    leaves of one type are traced, lowered and type-checked once."""
+    old = Moments(m1, m2, nu)
+    real, like = h.learning_rate.dtype, g if p is None else p
+    g = cast(g, real)
+    averages = rule.averages(g, _decoded(old, real), h)
+    averages, stored = _stored(averages, old, names, key)
+    u = rule.direction(g, averages, h)
+    if is_decayed and p is not None:
+        u = u + times(h.weight_decay, cast(p, real))
+    return in_type_of(like, times(-h.learning_rate, u)), stored
+
+
+def _decoded(old: Moments[Stored], real: DType) -> Moments[Array]:
+    m1 = None if old.m1 is None else cast(decode(old.m1), real)
+    return Moments(m1, cast(decode(old.m2), real), cast(decode(old.nu), real))
+
+
+def _stored(
+    new: Moments[Array], old: Moments[Stored], names: Moments[str], key: Key
+) -> tuple[Moments[Array], Moments[Stored]]:
+    """What the direction is computed from, and what the state keeps. The key of the
+    random rounding has the counter, the leaf's path and the moment's name."""
+    pairs = [
+        (None, None)
+        if x is None or m is None
+        else store(x, m, (*key, text_hash(str(name))))
+        for x, m, name in zip(new, old, names, strict=True)
+    ]
+    (m1, m2, nu), stored = zip(*pairs, strict=True)
+    return Moments(m1, m2, nu), Moments(*stored)

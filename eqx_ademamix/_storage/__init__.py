@@ -1,0 +1,1 @@
+"""How a moment is stored between two steps: codecs, and which leaf gets which."""

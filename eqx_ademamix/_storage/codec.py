@@ -1,0 +1,421 @@
+"""Codecs: what a moment becomes between two steps, and what is read back."""
+
+import abc
+import functools as ft
+import math
+from typing import Any, TypeAlias, cast
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.core import Tracer
+from jaxtyping import Array, Float, UInt32
+
+from .._numerics import (
+    DType,
+    complex_dtype,
+    compute_dtype,
+    rounded,
+    seed_of,
+)
+from .._paths import AbstractLeaf, describe
+from .._typing import no_type_check
+
+
+Struct: TypeAlias = jax.ShapeDtypeStruct
+
+
+class Encoded(AbstractLeaf):
+    """A moment as a codec stores it. In a state, it takes the place of an array.
+
+    **Attributes:**
+
+    - `codec`: the [`eqx_ademamix.AbstractCodec`][] that made it.
+    - `real`: the arrays that the codec made from the moment, or from its real part. The
+        first one has the shape of the moment.
+    - `imag`: the arrays for the imaginary part of a complex moment, otherwise `None`.
+    """
+
+    codec: "AbstractCodec"
+    real: tuple[Array, ...]
+    imag: tuple[Array, ...] | None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the moment."""
+        return getattr(self.real[0] if self.real else None, "shape", ())
+
+    @property
+    def dtype(self) -> np.dtype[np.inexact]:
+        """The dtype that decoding gives: float32 or complex64."""
+        return np.dtype(np.float32 if self.imag is None else np.complex64)
+
+    @property
+    def kind(self) -> str:
+        return f"{type(self.codec).__name__} moment"
+
+
+# What a state holds for one moment of one parameter.
+Stored: TypeAlias = Array | Encoded
+
+
+class AbstractCodec(eqx.Module):
+    r"""How a moment is stored.
+
+    [`eqx_ademamix.Dense`][] stores a plain array. All other codecs store an
+    [`eqx_ademamix.Encoded`][]. To write your own codec, implement `encode_real` and
+    `decode_real`, which say what becomes of a real array, and `for_squares`. A complex
+    moment is stored as two real ones.
+
+    !!! Example
+
+        ```python
+        import jax
+        import jax.numpy as jnp
+        import eqx_ademamix
+
+        codec = eqx_ademamix.ScaledFloat16()
+        stored = codec.encode(jnp.linspace(-1.0, 1.0, 512), jax.random.key(0))
+        assert stored.shape == (512,) and codec.bytes_per_parameter((512,)) < 2.1
+        assert jnp.allclose(codec.decode(stored)[-1], 1.0, rtol=2**-11)
+        ```
+    """
+
+    @abc.abstractmethod
+    def encode_real(
+        self, value: Float[Array, "..."], seed: UInt32[Array, ""] | None
+    ) -> tuple[Array, ...]:
+        """Encodes a float32 array.
+
+        **Arguments:**
+
+        - `value`: float32, of any shape.
+        - `seed`: what random rounding depends on, or `None` to round to nearest.
+
+        **Returns:**
+
+        A tuple of arrays. The first one has the shape of `value`. Arrays of zeros must
+        represent a `value` of zeros.
+        """
+
+    @abc.abstractmethod
+    def decode_real(self, parts: tuple[Array, ...]) -> Float[Array, "..."]:
+        """Decodes what `encode_real` made.
+
+        **Arguments:**
+
+        - `parts`: the tuple of arrays.
+
+        **Returns:**
+
+        A float32 array.
+        """
+
+    @abc.abstractmethod
+    def for_squares(self) -> "AbstractCodec":
+        """The codec to use for `nu`, which is never negative, and where a small number
+        that became zero would make an update explode.
+
+        **Returns:**
+
+        A codec that decodes no positive normal number of float32 to zero.
+        """
+
+    @no_type_check
+    def encode(self, value: Array, key: Any = None) -> Stored:
+        """Encodes a moment.
+
+        **Arguments:**
+
+        - `value`: a real or complex array, of any shape.
+        - `key`: a PRNG key, or any array of integers, which random rounding depends on:
+            the same key gives the same codes. `None` rounds to nearest.
+
+        **Returns:**
+
+        What takes the moment's place in the state. A number that is not finite stays
+        so, and may take the other numbers of its block with it.
+        """
+        if isinstance(self, Dense):
+            return rounded(value, dense_dtype(self.dtype, value.dtype))
+        seed = None if key is None else seed_of(key)
+        if not jnp.iscomplexobj(value):
+            return Encoded(self, self.encode_real(_as_float32(value), seed), None)
+        other = None if seed is None else seed_of(seed)
+        return Encoded(
+            self,
+            self.encode_real(_as_float32(value.real), seed),
+            self.encode_real(_as_float32(value.imag), other),
+        )
+
+    @no_type_check
+    def decode(self, stored: Stored) -> Array:
+        """Decodes a moment.
+
+        **Arguments:**
+
+        - `stored`: what `encode` or `zeros` returned.
+
+        **Returns:**
+
+        A float32 or complex64 array. From a [`eqx_ademamix.Dense`][] the array as it
+        is.
+        """
+        if not isinstance(stored, Encoded):
+            return stored
+        real = self.decode_real(stored.real)
+        if stored.imag is None:
+            return real
+        return lax.complex(real, self.decode_real(stored.imag))
+
+    @no_type_check
+    def zeros(self, like: Array) -> Stored:
+        """A moment of zeros.
+
+        **Arguments:**
+
+        - `like`: an array. The moment gets its shape and its sharding.
+
+        **Returns:**
+
+        What takes the moment's place in the state.
+        """
+        if isinstance(self, Dense):
+            return jnp.zeros_like(like, dtype=dense_dtype(self.dtype, like.dtype))
+        first, *rest = part_structs(self, like.shape)
+
+        def parts() -> tuple[Array, ...]:
+            codes = jnp.zeros_like(like, dtype=first.dtype)
+            if _has_typed_sharding(like):
+                return codes, *_zeros_beside(self, like)
+            return codes, *(jnp.zeros(x.shape, x.dtype) for x in rest)
+
+        return Encoded(self, parts(), parts() if jnp.iscomplexobj(like) else None)
+
+    @no_type_check
+    def bytes_per_parameter(self, shape: tuple[int, ...]) -> float:
+        """The bytes that a real float32 moment takes per entry, including scales.
+
+        **Arguments:**
+
+        - `shape`: the shape of the parameter.
+
+        **Returns:**
+
+        The number of bytes divided by the number of entries, NaN for an empty array.
+        """
+        structs = part_structs(self, tuple(shape))
+        total = sum(x.size * x.dtype.itemsize for x in structs)
+        size = math.prod(shape)
+        return total / size if size else math.nan
+
+
+class Dense(AbstractCodec):
+    r"""A plain array of a dtype, rounded to nearest.
+
+    float32 is a lower bound: the moments of a float64 parameter are float64. A complex
+    parameter has complex moments, complex64 at the least, and a real `nu`. A finite
+    number stays finite when it is rounded.
+
+    The update is computed from a moment before it is rounded, as in optax.
+
+    !!! Example
+
+        ```python
+        import jax.numpy as jnp
+        import eqx_ademamix
+
+        dense = eqx_ademamix.Dense(jnp.bfloat16)
+        assert dense.zeros(jnp.ones(3)).dtype == jnp.bfloat16
+        assert eqx_ademamix.StateFormat.float32().m2 == eqx_ademamix.Dense("float32")
+        ```
+    """
+
+    dtype: DType = eqx.field(static=True)
+
+    @no_type_check
+    def __init__(self, dtype: jax.typing.DTypeLike):
+        """**Arguments:**
+
+        - `dtype`: float16, bfloat16, float32 or float64. The last only where JAX has
+            64-bit types enabled.
+
+        **Raises:**
+
+        - `ValueError`: for any other dtype.
+        """
+        self.dtype = storable("dtype", dtype)
+
+    @no_type_check
+    def encode_real(self, value: Array, seed: Array | None) -> tuple[Array, ...]:
+        """See [`eqx_ademamix.AbstractCodec`][]."""
+        return (rounded(value, dense_dtype(self.dtype, value.dtype)),)
+
+    @no_type_check
+    def decode_real(self, parts: tuple[Array, ...]) -> Array:
+        """See [`eqx_ademamix.AbstractCodec`][]."""
+        return parts[0].astype(compute_dtype(parts[0].dtype))
+
+    @no_type_check
+    def for_squares(self) -> "Dense":
+        """See [`eqx_ademamix.AbstractCodec`][]."""
+        return self
+
+
+def dense_dtype(dtype: DType, param: DType) -> DType:
+    """The dtype of the dense moments of a parameter. (A function, since Equinox makes a
+    module of each bound method, which takes longer than the rest of the checks.)"""
+    real = compute_dtype(param) if dtype == np.float32 else dtype
+    return complex_dtype(real) if param.kind == "c" else real
+
+
+_STORABLE = ("float16", "bfloat16", "float32", "float64")
+
+
+def storable(name: str, value: object) -> DType:
+    try:
+        dtype = None if value is None else jnp.dtype(cast(Any, value))
+    except TypeError:
+        dtype = None
+    if dtype is None or dtype.name not in _STORABLE:
+        raise ValueError(
+            f"`{name}` is {describe(value)}, but one of the dtypes "
+            f"{', '.join(_STORABLE)} was expected."
+        )
+    if dtype == np.float64 and jnp.result_type(float) != dtype:
+        raise ValueError(
+            f"`{name}` is float64, but JAX has 64-bit types disabled. "
+            'Enable them with `jax.config.update("jax_enable_x64", True)`.'
+        )
+    return dtype
+
+
+#
+# Stored leaves
+#
+
+
+def is_encoded(x: object) -> bool:
+    return isinstance(x, Encoded)
+
+
+def decode(stored: Stored) -> Array:
+    """A moment as an array, however it is stored."""
+    return stored.codec.decode(stored) if isinstance(stored, Encoded) else stored
+
+
+def encode_like(value: Array, like: Stored) -> Stored:
+    """Stores a moment as another one is stored, rounded to nearest."""
+    if isinstance(like, Encoded):
+        return like.codec.encode(value)
+    return rounded(value, like.dtype)
+
+
+def store(value: Array, like: Stored, key: Any) -> tuple[Array, Stored]:
+    """Stores a moment as another one is stored. Returns what the update is computed
+    from, and what is stored.
+
+    From a codec the update gets what is read back. An update from the exact value would
+    need the old codes after they are overwritten, and XLA on CPUs would copy all of
+    them for that. From a dense array it gets the value before it is rounded, as in
+    optax."""
+    if not isinstance(like, Encoded):
+        return value, rounded(value, like.dtype)
+    stored = like.codec.encode(value, key)
+    return _read_back(value, decode(stored).astype(value.dtype)), stored
+
+
+@jax.custom_jvp
+def _read_back(value: Array, decoded: Array) -> Array:
+    """What was decoded, with the derivative of what was encoded: the derivative of
+    rounding is zero, so the update's would silently be zero too."""
+    return decoded
+
+
+@_read_back.defjvp
+def _read_back_jvp(
+    primals: tuple[Array, Array], tangents: tuple[Array, Array]
+) -> tuple[Array, Array]:
+    return primals[1], tangents[0]
+
+
+def misfit(
+    stored: Stored, codec: AbstractCodec, param: Struct
+) -> tuple[str, str] | None:
+    """How a moment is stored and how a codec would store it for a parameter of this
+    shape and dtype, if the two are not the same."""
+    if isinstance(codec, Dense):
+        dtype = dense_dtype(codec.dtype, param.dtype)
+        fits = not isinstance(stored, Encoded) and stored.dtype == dtype
+        return None if fits else (_stored_as(stored, param), str(dtype))
+    found, expected = _stored_as(stored, param), str(codec)
+    return None if found == expected else (found, expected)
+
+
+def _stored_as(stored: Stored, param: Struct) -> str:
+    """How a moment is stored, including its arrays if those are not what they should
+    be."""
+    if not isinstance(stored, Encoded):
+        return str(stored.dtype)
+    text = str(stored.codec)
+    is_complex = bool(jnp.issubdtype(param.dtype, jnp.complexfloating))
+    arrays = _types(stored.real) + _types(stored.imag or ())
+    wanted = _types(part_structs(stored.codec, stored.shape))
+    if arrays == wanted * (1 + is_complex):
+        return text
+    return f"{text} with the arrays {', '.join(arrays)}"
+
+
+def _types(arrays: tuple[Any, ...]) -> list[str]:
+    shapes = [list(getattr(x, "shape", "")) for x in arrays]
+    dtypes = [getattr(x, "dtype", None) for x in arrays]
+    return [f"{dtype}{shape}" for dtype, shape in zip(dtypes, shapes, strict=True)]
+
+
+@ft.cache
+def part_structs(codec: AbstractCodec, shape: tuple[int, ...]) -> tuple[Struct, ...]:
+    """The shapes and dtypes of the arrays that a codec makes from a real array."""
+    value = jax.ShapeDtypeStruct(shape, np.float32)
+    seed = jax.ShapeDtypeStruct((), np.uint32)
+    parts = jax.eval_shape(codec.encode_real, value, seed)
+    if not (isinstance(parts, tuple) and parts and parts[0].shape == shape):
+        raise TypeError(
+            f"`{type(codec).__name__}.encode_real` returned {describe(parts)} for an "
+            f"array of shape {shape}, but a tuple was expected whose first array has "
+            "that shape."
+        )
+    return parts
+
+
+def _as_float32(x: Array) -> Array:
+    """`x` in float32. A finite number of float64 stays finite."""
+    if x.dtype != np.float64:
+        return x.astype(np.float32)
+    largest = float(np.finfo(np.float32).max)
+    return jnp.where(jnp.isinf(x), x, jnp.clip(x, -largest, largest)).astype(np.float32)
+
+
+#
+# Shardings
+#
+
+
+def _has_typed_sharding(x: Array) -> bool:
+    """Whether the sharding is part of the array's type, in which case the parts of a
+    state must not change theirs from `init` to `update`."""
+    return isinstance(x, Tracer) or is_explicit(getattr(x, "sharding", None))
+
+
+def is_explicit(sharding: Any) -> bool:
+    """Whether a sharding has explicit mesh axes. JAX before 0.5 has no such axes."""
+    kinds = getattr(getattr(sharding, "mesh", None), "axis_types", None)
+    return any(getattr(kind, "name", "") == "Explicit" for kind in kinds or ())
+
+
+@ft.partial(jax.jit, static_argnums=0)
+def _zeros_beside(codec: AbstractCodec, like: Array) -> list[Array]:
+    """Zeros for all parts but the first, sharded as `encode_real` shards them."""
+    parts = codec.encode_real(jnp.zeros_like(like, dtype=np.float32), None)
+    return [jnp.zeros_like(x) for x in parts[1:]]

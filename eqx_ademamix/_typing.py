@@ -1,0 +1,19 @@
+"""What the package's own annotations and runtime checks need."""
+
+import typing
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+
+_Fn = TypeVar("_Fn", bound=Callable[..., Any])
+
+
+def no_type_check(fn: _Fn) -> _Fn:
+    """Exempts a public function from the checks of jaxtyping's import hook, whose
+    messages on a whole model are too long to read. Our own checks come first, and the
+    jaxtyped core is the net behind them.
+
+    The hook knows the decorator by this name. `typing.no_type_check` itself would make
+    static type checkers forget the signature.
+    """
+    return typing.no_type_check(fn)
