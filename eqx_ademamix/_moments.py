@@ -17,6 +17,7 @@ from ._hyperparams import (
 )
 from ._numerics import (
     Decay,
+    DTypeLike,
     bias_factor,
     cast,
     complex_dtype,
@@ -33,7 +34,7 @@ from ._typing import no_type_check
 
 
 @no_type_check
-def tree_cast(tree: PyTree, dtype: jax.typing.DTypeLike | None) -> PyTree:
+def tree_cast(tree: PyTree, dtype: DTypeLike | None) -> PyTree:
     """Casts the arrays of a tree.
 
     **Arguments:**
@@ -67,7 +68,7 @@ def tree_cast(tree: PyTree, dtype: jax.typing.DTypeLike | None) -> PyTree:
 
 
 @no_type_check
-def tree_zeros_like(tree: PyTree, dtype: jax.typing.DTypeLike | None = None) -> PyTree:
+def tree_zeros_like(tree: PyTree, dtype: DTypeLike | None = None) -> PyTree:
     """Zeros in the shapes of the arrays of a tree.
 
     **Arguments:**
@@ -287,7 +288,7 @@ def _is_number(x: Node) -> bool:
     return eqx.is_array(x) and not jnp.issubdtype(x.dtype, jax.dtypes.extended)
 
 
-def _kept_complex(x: Node, dtype: jax.typing.DTypeLike) -> jax.typing.DTypeLike:
+def _kept_complex(x: Node, dtype: DTypeLike) -> DTypeLike:
     wants_real = not jnp.issubdtype(dtype, jnp.complexfloating)
     if jnp.iscomplexobj(x) and wants_real:
         return complex_dtype(jnp.dtype(dtype))

@@ -17,6 +17,9 @@ from jaxtyping import Array, Float, Inexact, Integer, UInt32
 
 
 DType: TypeAlias = np.dtype[Any]
+# Anything that names a dtype: "float32", np.dtype("float32"), jnp.float32. (JAX's own
+# alias contains a protocol that beartype cannot check.)
+DTypeLike: TypeAlias = str | DType | type[Any]
 
 
 #

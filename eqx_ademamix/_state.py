@@ -4,7 +4,7 @@
 
 import abc
 from collections.abc import Hashable
-from typing import Any, ClassVar, Generic, Self, TypeAlias, TypeVar
+from typing import Any, ClassVar, Generic, TypeAlias, TypeVar
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -44,13 +44,11 @@ class AbstractMomentState(eqx.Module, Generic[H]):
 
     @classmethod
     @abc.abstractmethod
-    @no_type_check  # beartype rejects `Self` in a method that it decorates by itself
-    def start(cls, moments: Moments[PyTree]) -> Self:
+    def start(cls, moments: Moments[PyTree]) -> Any:  # beartype cannot check `Self`
         """The state before the first step, from moments of zeros."""
 
     @abc.abstractmethod
-    @no_type_check
-    def after(self, moments: Moments[PyTree], h: H) -> Self:
+    def after(self, moments: Moments[PyTree], h: H) -> Any:
         """The state after a step, from the new moments."""
 
 
@@ -110,15 +108,13 @@ class AdEMAMixState(AbstractMomentState[Hyperparams]):
         return Moments(self.m1, self.m2, self.nu)
 
     @classmethod
-    @no_type_check
-    def start(cls, moments: Moments[PyTree]) -> Self:
+    def start(cls, moments: Moments[PyTree]) -> "AdEMAMixState":
         zero = lambda: jnp.zeros((), jnp.int32)  # two buffers, so both can be donated
         return cls(zero(), zero(), *moments)
 
-    @no_type_check
-    def after(self, moments: Moments[PyTree], h: Hyperparams) -> Self:
+    def after(self, moments: Moments[PyTree], h: Hyperparams) -> "AdEMAMixState":
         counts = next_count(self.count), next_count(self.count_m2)
-        return type(self)(*counts, *moments)
+        return AdEMAMixState(*counts, *moments)
 
 
 class SimplifiedAdEMAMixState(AbstractMomentState[SimplifiedHyperparams]):
@@ -170,15 +166,15 @@ class SimplifiedAdEMAMixState(AbstractMomentState[SimplifiedHyperparams]):
         return Moments(None, self.m, self.nu)
 
     @classmethod
-    @no_type_check
-    def start(cls, moments: Moments[PyTree]) -> Self:
+    def start(cls, moments: Moments[PyTree]) -> "SimplifiedAdEMAMixState":
         zeros = jnp.zeros((), jnp.int32), jnp.zeros((), float)
         return cls(*zeros, moments.m2, moments.nu)
 
-    @no_type_check
-    def after(self, moments: Moments[PyTree], h: SimplifiedHyperparams) -> Self:
+    def after(
+        self, moments: Moments[PyTree], h: SimplifiedHyperparams
+    ) -> "SimplifiedAdEMAMixState":
         count, num = next_count(self.count), h._num.astype(self.num.dtype)
-        return type(self)(count, num, moments.m2, moments.nu)
+        return SimplifiedAdEMAMixState(count, num, moments.m2, moments.nu)
 
 
 def next_count(count: Int32[Array, ""]) -> Int32[Array, ""]:

@@ -3,7 +3,7 @@
 import abc
 import functools as ft
 from collections.abc import Sequence
-from typing import Any, Generic, TypeAlias
+from typing import TYPE_CHECKING, Any, Generic, TypeAlias
 
 import equinox as eqx
 import jax
@@ -129,6 +129,12 @@ class AbstractMomentOptimizer(AbstractOptimizer[S], Generic[S, H]):
         return not (isinstance(self.weight_decay, float) and self.weight_decay == 0.0)
 
 
+if TYPE_CHECKING:
+    Rule: TypeAlias = type[AbstractMomentOptimizer[Any, Any]]
+else:
+    Rule = type  # older versions of beartype reject the subscripted one
+
+
 def _zeros(fmt: StateFormat, param: Array, has_m1: bool) -> Moments[Stored]:
     blank = zeros(fmt, param)
     return blank if has_m1 else blank._replace(m1=None)
@@ -147,7 +153,7 @@ def _spread(values: Sequence[Stored | None], like: Leaves) -> list[Stored | None
 
 
 def _apply(
-    rule: type[AbstractMomentOptimizer[Any, Any]],
+    rule: Rule,
     state: AbstractMomentState[Any],
     selection: Selection,
     is_decayed: list[bool],
@@ -171,7 +177,7 @@ def _apply(
 @ft.partial(jax.jit, static_argnums=(0, 1, 2))
 @jaxtyped(typechecker=beartype)
 def _leaf_step(
-    rule: type[AbstractMomentOptimizer[Any, Any]],
+    rule: Rule,
     names: Moments[str],
     is_decayed: bool,
     g: Inexact[Array, "*leaf"],

@@ -7,7 +7,7 @@ from jaxtyping import Array, PyTree
 from .._checks import checked_leaves
 from .._filters import trained_arrays
 from .._inspection import decoded, find
-from .._numerics import cast, compute_dtype
+from .._numerics import DTypeLike, cast, compute_dtype
 from .._paths import Node, flatten
 from .._state import AdEMAMixState
 from .._storage.codec import Stored, encode_like
@@ -54,7 +54,7 @@ def copies(tree: PyTree) -> PyTree:
     return jax.tree.map(copied, tree)
 
 
-def copied(x: Array, dtype: jax.typing.DTypeLike | None = None) -> Array:
+def copied(x: Array, dtype: DTypeLike | None = None) -> Array:
     """A copy in a buffer of its own, so that either may be donated, with the same
     sharding."""
     return jnp.array(x, dtype=dtype, copy=True)

@@ -20,6 +20,7 @@ from .._hyperparams import (
     HyperParamOrSchedule,
     Schedule,
 )
+from .._numerics import DTypeLike
 from .._paths import Node, describe, flatten, is_leaf
 from .._schedules import Beta3Schedule
 from .._simplified import SimplifiedAdEMAMix
@@ -47,7 +48,7 @@ def ademamix(
     eps: HyperParamLike = 1e-8,
     eps_root: HyperParamLike = 0.0,
     weight_decay: HyperParamLike = 0.0,
-    mu_dtype: jax.typing.DTypeLike | None = None,
+    mu_dtype: DTypeLike | None = None,
     mask: Mask = None,
     learning_rate: HyperParamLikeOrSchedule | None = None,
 ) -> optax.GradientTransformation:
@@ -141,7 +142,7 @@ def scale_by_ademamix(
     alpha_scheduler: Schedule | None,
     eps: HyperParamLike = 1e-8,
     eps_root: HyperParamLike = 0.0,
-    mu_dtype: jax.typing.DTypeLike | None = None,
+    mu_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformation:
     r"""The direction of AdEMAMix as an `optax.GradientTransformation`:
     $(\hat m_1 + \alpha m_2) / (\sqrt{\hat \nu + \epsilon_\text{root}} + \epsilon)$,
@@ -366,9 +367,7 @@ def _mu_format(mu_dtype: object) -> StateFormat:
     return StateFormat(m1=mu, m2=mu, nu=jnp.float32)
 
 
-def _frozen_m2(
-    mu_dtype: jax.typing.DTypeLike | None, b3: HyperParamOrSchedule
-) -> str | None:
+def _frozen_m2(mu_dtype: DTypeLike | None, b3: HyperParamOrSchedule) -> str | None:
     """A warning if the dtype that stores `m2` rounds away what a step changes."""
     b3 = b3.beta_end if isinstance(b3, Beta3Schedule) else b3
     if mu_dtype is None or callable(b3) or isinstance(b3, Tracer):

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, UInt32
 
 from .._numerics import (
     DType,
+    DTypeLike,
     complex_dtype,
     compute_dtype,
     rounded,
@@ -236,7 +237,7 @@ class Dense(AbstractCodec):
     dtype: DType = eqx.field(static=True)
 
     @no_type_check
-    def __init__(self, dtype: jax.typing.DTypeLike):
+    def __init__(self, dtype: DTypeLike):
         """**Arguments:**
 
         - `dtype`: float16, bfloat16, float32 or float64. The last only where JAX has

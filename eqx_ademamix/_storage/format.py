@@ -5,12 +5,12 @@ import math
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeAlias, TypeVar
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array
 
+from .._numerics import DTypeLike
 from .._paths import describe
 from .._typing import no_type_check
 from .codec import AbstractCodec, Dense, Stored, storable
@@ -18,7 +18,7 @@ from .scaled import ScaledFloat8, ScaledFloat16
 
 
 T = TypeVar("T")
-CodecLike: TypeAlias = AbstractCodec | jax.typing.DTypeLike
+CodecLike: TypeAlias = AbstractCodec | DTypeLike
 
 
 if TYPE_CHECKING:

@@ -23,7 +23,16 @@ from .._checks import (
 from .._filters import as_gradient, trained_arrays
 from .._numerics import DType, seed_of, text_hash, uniform, up_or_down
 from .._optimizer import AbstractOptimizer, hash_of
-from .._paths import Leaves, Path, describe, flatten, is_entry, on_device, path_text
+from .._paths import (
+    Leaves,
+    Node,
+    Path,
+    describe,
+    flatten,
+    is_entry,
+    on_device,
+    path_text,
+)
 from .._state import ArrayTree, next_count
 from .._typing import no_type_check
 
@@ -150,7 +159,7 @@ class Compensated(AbstractOptimizer[CompensatedState]):
         updates, _ = eqx.filter_eval_shape(self.optim.update, grads, inner_state, wide)
         dtype = np.dtype(f"int{self.bits}")
 
-        def remainder(p: Array | None, u: Array | None) -> Array | None:
+        def remainder(p: Array | None, u: Node) -> Array | None:
             if p is None or u is None or not _is_16_bit(p):
                 return None
             return jnp.zeros_like(p, dtype=dtype)
