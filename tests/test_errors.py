@@ -916,6 +916,16 @@ CASES = (
         r"and with it `state.inner_state`",
     ),
     (
+        "a flag that is a number",
+        lambda: SimplifiedAdEMAMix(1e-3, normalize=1),
+        "`normalize` is the int 1, but a bool was expected. Pass True or False",
+    ),
+    (
+        "two divisors",
+        lambda: SimplifiedAdEMAMix(1e-3, normalize=True, bias_correct_m1=True),
+        "`bias_correct_m1` and `normalize` are both true, but each divides",
+    ),
+    (
         "extend SimplifiedAdEMAMix",
         lambda: eqx_ademamix.extend(SIMPLIFIED, init(SIMPLIFIED, MODEL), warmup=9),
         "`optim` is a `SimplifiedAdEMAMix`, but this function supports only an `AdEMAMix`",

@@ -159,10 +159,27 @@ CASES = tuple(
 )
 # Nine of them, in which each two of the first three options meet.
 SQUARE = tuple(CASES[9 * i + 3 * j + (i + j) % 3] for i in range(3) for j in range(3))
+
+
+def optax_alphas() -> list[str]:
+    """What optax takes as `alpha`: no schedule in its first versions of it."""
+    params: Any = jnp.ones(())
+    scale: Any = optax.contrib.scale_by_simplified_ademamix
+    with jax.numpy_dtype_promotion("standard"):
+        tx = scale(alpha=lambda t: 0.0)
+        try:
+            tx.update(params, tx.init(params))
+        except TypeError:
+            return [name for name in ALPHAS if name != "scheduled"]
+    return list(ALPHAS)
+
+
 # What optax has.
+OPTAX_ALPHAS = optax_alphas()
 OPTAX_CASES = tuple(
     (b1, alpha, RESTS[i % 4])
     for i, (b1, alpha) in enumerate(it.product((0.99, 0.9, 0.0), ALPHAS))
+    if alpha in OPTAX_ALPHAS
 )
 
 
@@ -1342,7 +1359,7 @@ def test_the_function_is_the_class(alpha: str, rest: Any):
     assert_trees_close((found[0], found[2]), (expected[0], expected[2]), 1e-6)
 
 
-@pytest.mark.parametrize("alpha", ALPHAS)
+@pytest.mark.parametrize("alpha", OPTAX_ALPHAS)
 def test_the_direction_has_a_positive_sign(alpha: str):
     scale = scale_by_simplified_ademamix(0.9, 0.99, ALPHAS[alpha][0], 1e-6, 1e-4)
     assert isinstance(scale, optax.GradientTransformation)
@@ -1402,7 +1419,9 @@ def train_model(optim: Any, model: Any, state: Any, steps: int) -> Any:
     return eqx.combine(params, static), state
 
 
-@pytest.mark.parametrize("b1,alpha", ((0.9, "zero"), (0.0, "100"), (0.9, "scheduled")))
+@pytest.mark.parametrize(
+    "b1,alpha", [(0.0 if alpha == "100" else 0.9, alpha) for alpha in OPTAX_ALPHAS]
+)
 def test_from_optax_in_the_middle_and_back(
     b1: float, alpha: str, standard_promotion: None
 ):
