@@ -245,15 +245,11 @@ def _tree_average(
     is_real: bool = False,
 ) -> PyTree:
     _check_dense("moments", moments)
-    moments = on_device(moments)
-    if is_real:
-        like = flatten(jax.tree.map(jnp.real, moments))
-    else:
-        like = flatten(moments)
+    like = flatten(on_device(moments))
     gs = checked_leaves(
         "updates",
         on_device(updates),
-        flatten(moments),
+        like,
         other="`moments`",
         complex_too=not is_real,
     )
@@ -261,6 +257,7 @@ def _tree_average(
     def average(g: Array | None, m: Array | None) -> Array | None:
         if g is None or m is None:
             return None
+        m = m.real if is_real else m
         real = compute_dtype(g.dtype, m.dtype)
         decay = Decay.of(complement.astype(real))
         return rounded(moving_average(cast(m, real), of(cast(g, real)), decay), m.dtype)

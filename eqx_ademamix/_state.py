@@ -24,7 +24,6 @@ from ._typing import no_type_check
 ArrayTree: TypeAlias = PyTree[Inexact[Array, "?*leaf"], "Params"]
 MomentTree: TypeAlias = PyTree[Inexact[Array | Encoded, "?*leaf"], "Params"]
 SquareTree: TypeAlias = PyTree[Float[Array | Encoded, "?*leaf"], "Params"]
-BoolTree: TypeAlias = PyTree[bool, "Params"]
 
 
 class AbstractMomentState(eqx.Module, Generic[H]):

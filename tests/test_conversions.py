@@ -426,7 +426,7 @@ def test_extend(offset: int, count: int, warmup: int, as_array: bool):
     alpha = alpha_scheduler(kind(8.0), kind(1.0), warmup=kind(100.0), offset=offset)
     optim = AdEMAMix(1e-3, b3=b3, alpha=alpha)
     new: Any = extend(optim, at_count(optim, count), warmup=warmup)
-    # There is no jump.
+    # The values do not jump.
     np.testing.assert_allclose(new.alpha(count), alpha(count), rtol=1e-6)
     np.testing.assert_allclose(
         new.b3.complement(count), b3.complement(count), rtol=2e-6
