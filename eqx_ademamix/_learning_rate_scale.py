@@ -40,8 +40,6 @@ ScaleLike: TypeAlias = jax.typing.ArrayLike
 RuleKey: TypeAlias = Any  # str | re.Pattern[str] | type
 Rules: TypeAlias = Mapping[RuleKey, ScaleLike] | Iterable[tuple[RuleKey, ScaleLike]]
 
-_SCALE = "a finite real number, or an array of them for the leading axes of a parameter"
-
 
 class _Rule(NamedTuple):
     text: str
@@ -129,7 +127,7 @@ def _rule(key: object, scale: object, model: PyTree) -> _Rule:
         text, matches = key.__name__, _is_inside(key, model)
     else:
         pattern = _compiled(key)
-        text = repr(pattern.pattern)
+        text = f"'{pattern.pattern}'"
         matches = lambda path: is_found(pattern, jtu.keystr(path))
     text = f"rules[{shortened(text, 80)}]"
     return _Rule(text, matches, _checked(scale, text, ()))
@@ -204,7 +202,8 @@ def _check_real(scale: object, name: str, path: Path) -> None:
     if not _is_real(scale):
         raise TypeError(
             f"`{name}{path_text(path)}` is {describe(scale)}, but a scale was "
-            f"expected: {_SCALE}."
+            "expected: a finite real number, or an array of them for the leading axes "
+            "of a parameter. Leave None where the model has no arrays."
         )
 
 
