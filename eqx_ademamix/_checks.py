@@ -17,6 +17,7 @@ from jaxtyping import Array, PyTree
 from ._filters import Leaf, Selection
 from ._numerics import DType, complex_dtype, real_dtype
 from ._paths import (
+    Aligned,
     Departure,
     Leaves,
     Node,
@@ -25,6 +26,7 @@ from ._paths import (
     contrast,
     describe,
     is_entry,
+    is_inexact_shape,
     is_leaf,
     leaves_with_path,
     path_text,
@@ -40,25 +42,22 @@ from ._storage.format import Moments, StateFormat, codecs
 #
 
 
-def check_optimizer(optim: object, cls: type) -> None:
-    if hasattr(optim, "optim") and not isinstance(optim, cls):
+def check_optimizer(optim: object) -> None:
+    """An optimizer is known by its methods: `optax.MultiSteps` is not a
+    `GradientTransformation`."""
+    methods = [getattr(optim, name, None) for name in ("init", "update")]
+    if isinstance(optim, type) or not all(map(callable, methods)):
         raise TypeError(
-            f"`optim` is {describe(optim)}, which wraps an optimizer, but the wrapped "
-            "optimizer itself was expected. Pass `optim.optim`, and with it "
-            "`state.inner_state`."
-        )
-    if not isinstance(optim, cls):
-        raise TypeError(
-            f"`optim` is {describe(optim)}, but an optimizer of this package was "
-            "expected. Check the order of the arguments: `init(optim, params)`, "
-            "`update(optim, grads, state, params)`. An optax optimizer has its own "
-            "methods `init` and `update`."
+            f"`optim` is {describe(optim)}, but an optimizer of this package or of "
+            "optax was expected, with the methods `init` and `update`. Check the order "
+            "of the arguments: `init(optim, params)`, `update(optim, grads, state, "
+            "params)`."
         )
 
 
-def check_supported(optim: object, cls: type, all_optimizers: type) -> None:
-    """Checks the argument of a function that supports only one of our optimizers."""
-    check_optimizer(optim, all_optimizers)
+def check_supported(optim: object, cls: type) -> None:
+    """Checks the argument of a function that supports only some optimizers."""
+    check_optimizer(optim)
     if not isinstance(optim, cls):
         raise TypeError(
             f"`optim` is {describe(optim)}, but this function supports only "
@@ -78,6 +77,32 @@ def check_state_type(state: object, grads: PyTree, cls: type) -> None:
             f"`state` is {describe(state)}, but {expected} was expected, as "
             "`init` of this optimizer returns. Was it made by another optimizer?"
         )
+
+
+def check_for_optax(grads: Aligned, params: Leaves) -> None:
+    """Checks the trees that an optax optimizer gets: both have the same arrays."""
+    for path, found, expected, is_static in grads.departures:
+        if not is_static and jtu.tree_leaves((found, expected)):
+            _raise_not_of_params(path, *contrast(found, expected))
+    for path, x, p in zip(params.paths, grads.values, params.values, strict=True):
+        if x is None and p is not None:
+            raise ValueError(
+                f"grads{path_text(path)} is None, but `params` has {describe(p)} "
+                "there, and an optax optimizer trains every array that it gets. Pass "
+                "the part of the model that is trained to both `init` and `update`, "
+                "for example `eqx.filter(model, filter_spec)`."
+            )
+        shapes = [getattr(leaf, "shape", None) for leaf in (x, p)]
+        if shapes[0] != shapes[1]:
+            _raise_not_of_params(path, describe(x), describe(p))
+
+
+def _raise_not_of_params(path: Path, found: str, expected: str) -> NoReturn:
+    raise ValueError(
+        f"grads{path_text(path)} is {found}, but `params` has {expected} there. Take "
+        "the gradients with `eqx.filter_grad`, of the same model that you pass as "
+        "`params`."
+    )
 
 
 def check_counter(name: str, count: object) -> None:
@@ -119,7 +144,7 @@ def check_not_empty(params: PyTree, trained: Leaves) -> None:
     # A tree without leaves is legal: optax wrappers probe with such trees.
     if any(x is not None for x in trained.values) or not jtu.tree_leaves(params):
         return
-    if any(eqx.is_inexact_array(x) for x in jtu.tree_leaves(params)):
+    if any(is_inexact_shape(x) for x in jtu.tree_leaves(params)):
         raise ValueError(
             "`trainable` selects none of the arrays of `params`, so there is nothing "
             "to train. It must be True for at least one floating-point or complex "

@@ -21,6 +21,7 @@ from ._paths import (
     contrast,
     describe,
     flatten,
+    is_inexact_shape,
     is_leaf,
     leaves_with_path,
     path_text,
@@ -104,12 +105,21 @@ def checked_bool(flag: object, array: Array | Struct, name: str, path: Path) -> 
 #
 
 
-def trained_arrays(trainable: FilterSpec, tree: Leaves) -> Leaves:
-    """The inexact arrays of a tree that a filter spec selects, `None` elsewhere."""
-    arrays = tree._replace(values=[_inexact_array(x) for x in tree.values])
+def trained_arrays(
+    trainable: FilterSpec, tree: Leaves, *, or_structs: bool = False
+) -> Leaves:
+    """The inexact arrays of a tree that a filter spec selects, `None` elsewhere. With
+    `or_structs`, a `jax.ShapeDtypeStruct` counts as the array that it describes."""
+    inexact = inexact_or_struct if or_structs else _inexact_array
+    arrays = tree._replace(values=[inexact(x) for x in tree.values])
     keep = as_bools(trainable, arrays, "trainable")
     pairs = zip(arrays.values, keep, strict=True)
     return arrays._replace(values=[x if flag else None for x, flag in pairs])
+
+
+def inexact_or_struct(x: Node) -> Array | Struct | None:
+    is_struct = isinstance(x, Struct) and is_inexact_shape(x)
+    return x if is_struct else _inexact_array(x)
 
 
 def _inexact_array(x: Node) -> Array | None:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
-from ._checks import check_alive, check_optimizer, check_state_type
+from ._checks import check_alive, check_state_type, check_supported
 from ._hyperparams import H, public_part
 from ._paths import (
     Node,
@@ -64,7 +64,7 @@ def hyperparams(optim: AbstractMomentOptimizer[S, H], state: S) -> H:
         assert eqx_ademamix.hyperparams(optim, state).alpha == 0.0
         ```
     """
-    check_optimizer(optim, AbstractMomentOptimizer)
+    check_supported(optim, AbstractMomentOptimizer)
     check_state_type(state, None, optim.state_type)
     for name, tree in {"optim": optim, "state": state}.items():
         check_alive(name, tree)

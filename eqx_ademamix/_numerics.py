@@ -45,6 +45,13 @@ def compute_dtype(*dtypes: DType) -> DType:
     return np.dtype(np.float64 if is_wide else np.float32)
 
 
+def as_array(x: Array | jax.ShapeDtypeStruct) -> Array:
+    """An array as it is, or an array of zeros that fits a description."""
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return jnp.zeros(x.shape, x.dtype, device=x.sharding)
+    return x
+
+
 def cast(x: Array, real: DType) -> Array:
     """`x` in a real dtype, or in the complex one of that precision if it is complex."""
     return x.astype(complex_dtype(real) if jnp.iscomplexobj(x) else real)

@@ -1,13 +1,20 @@
-"""The functional interface that every optimizer of this package has."""
+"""The functional interface: for every optimizer of this package and of optax."""
 
 import abc
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable
+from typing import Any, Generic, Protocol, TypeVar, overload, runtime_checkable
 
 import equinox as eqx
+import jax
+import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import PyTree
+import optax
+from jaxtyping import Array, PyTree
 
-from ._checks import check_optimizer
+from ._checks import check_for_optax, check_gradient, check_not_empty, check_optimizer
+from ._filters import as_gradient, trained_arrays
+from ._numerics import in_type_of
+from ._paths import align, flatten
 from ._typing import no_type_check
 
 
@@ -27,9 +34,25 @@ class AbstractOptimizer(eqx.Module, Generic[State]):
 
     @abc.abstractmethod
     def update(
-        self, grads: PyTree, state: State, params: PyTree | None = None
+        self,
+        grads: PyTree,
+        state: State,
+        params: PyTree | None = None,
+        **extra_args: object,
     ) -> tuple[PyTree, State]:
         """See [`eqx_ademamix.update`][]."""
+
+
+@runtime_checkable
+class OptaxOptimizer(Protocol):
+    """An `optax.GradientTransformation`, an `optax.MultiSteps`, or anything else that
+    has their two methods."""
+
+    @property
+    def init(self) -> Callable[..., Any]: ...
+
+    @property
+    def update(self) -> Callable[..., Any]: ...
 
 
 def hash_of(optim: AbstractOptimizer[Any]) -> int:
@@ -41,25 +64,33 @@ def hash_of(optim: AbstractOptimizer[Any]) -> int:
     return hash((treedef, *types))
 
 
+@overload
+def init(optim: AbstractOptimizer[State], params: PyTree) -> State: ...
+@overload
+def init(optim: OptaxOptimizer, params: PyTree) -> Any: ...
 @no_type_check
-def init(optim: AbstractOptimizer[State], params: PyTree) -> State:
+def init(optim: AbstractOptimizer[Any] | OptaxOptimizer, params: PyTree) -> Any:
     """Makes the state with which training starts.
 
     **Arguments:**
 
-    - `optim`: the optimizer.
+    - `optim`: an optimizer of this package, or of optax: an
+        `optax.GradientTransformation` such as `optax.chain(...)`, or an
+        `optax.MultiSteps`.
     - `params`: the whole model. Those of its inexact (floating-point or complex) arrays
-        that `optim.trainable` selects get a state. Functions, integers, booleans,
-        strings and `None` may be anywhere in it, and get none.
+        that `optim.trainable` selects get a state. An optax optimizer gets all of them.
+        Functions, integers, booleans, strings and `None` may be anywhere in the model,
+        and get none. An array may be replaced by the `jax.ShapeDtypeStruct` that
+        describes it.
 
     **Returns:**
 
-    The state: a PyTree of arrays of zeros.
+    The state: a PyTree of arrays of zeros, or what the optax optimizer returned.
 
     **Raises:**
 
-    - `ValueError`: if there is nothing to train, or if `trainable` or
-        `weight_decay_mask` does not fit the model.
+    - `ValueError` or `TypeError`: if there is nothing to train, if `trainable` or
+        `weight_decay_mask` does not fit the model, or if `optim` is not an optimizer.
 
     !!! Example
 
@@ -73,28 +104,52 @@ def init(optim: AbstractOptimizer[State], params: PyTree) -> State:
         state = eqx_ademamix.init(optim, model)
         ```
     """
-    check_optimizer(optim, AbstractOptimizer)
-    return optim.init(params)
+    check_optimizer(optim)
+    if isinstance(optim, AbstractOptimizer):
+        return optim.init(params)
+    arrays = trained_arrays(True, flatten(params), or_structs=True)
+    check_not_empty(params, arrays)
+    return optim.init(arrays.rebuilt(arrays.values))
 
 
-@no_type_check
+@overload
 def update(
     optim: AbstractOptimizer[State],
     grads: PyTree,
     state: State,
     params: PyTree | None = None,
-) -> tuple[PyTree, State]:
+    **extra_args: Any,
+) -> tuple[PyTree, State]: ...
+@overload
+def update(
+    optim: OptaxOptimizer,
+    grads: PyTree,
+    state: Any,
+    params: PyTree | None = None,
+    **extra_args: Any,
+) -> tuple[PyTree, Any]: ...
+@no_type_check
+def update(
+    optim: AbstractOptimizer[Any] | OptaxOptimizer,
+    grads: PyTree,
+    state: Any,
+    params: PyTree | None = None,
+    **extra_args: Any,
+) -> tuple[PyTree, Any]:
     """Takes one step.
 
     **Arguments:**
 
-    - `optim`: the optimizer.
+    - `optim`: an optimizer of this package or of optax, as in [`eqx_ademamix.init`][].
     - `grads`: the gradients, as `eqx.filter_grad` returns them: the structure of the
         model, with an array of the parameter's shape at every trained leaf. Gradients
         at leaves that are not trained are ignored.
     - `state`: the state that `init` or the last `update` returned.
     - `params`: the whole model. It is needed for weight decay, and for updates in the
         parameters' dtypes. Without it, updates have the gradients' dtypes.
+    - `extra_args`: extra arguments of optax. For example,
+        `optax.contrib.reduce_on_plateau` needs `value=loss`. Optimizers that do not
+        know an extra argument ignore it.
 
     **Returns:**
 
@@ -123,5 +178,42 @@ def update(
         model = eqx.apply_updates(model, updates)
         ```
     """
-    check_optimizer(optim, AbstractOptimizer)
-    return optim.update(grads, state, params)
+    check_optimizer(optim)
+    if isinstance(optim, AbstractOptimizer):
+        return optim.update(grads, state, params, **extra_args)
+    return _update_by_optax(optim, grads, state, params, extra_args)
+
+
+def _update_by_optax(
+    optim: OptaxOptimizer,
+    grads: PyTree,
+    state: Any,
+    params: PyTree | None,
+    extra_args: dict[str, Any],
+) -> tuple[PyTree, Any]:
+    """Takes a step with an optax optimizer, which gets only the arrays of the trees."""
+    g = _gradients(grads)
+    if isinstance(optim, optax.GradientTransformation):
+        optim = optax.with_extra_args_support(optim)
+    if params is None:
+        return optim.update(g, state, None, **extra_args)
+    arrays = trained_arrays(True, flatten(params))
+    aligned = align(g, arrays)
+    check_for_optax(aligned, arrays)
+    g, p = (arrays.rebuilt(values) for values in (aligned.values, arrays.values))
+    updates, state = optim.update(g, state, p, **extra_args)
+    # optax leaves it to `optax.apply_updates` to keep the parameters' dtypes.
+    return jax.tree.map(_in_dtype_of, p, updates), state
+
+
+def _gradients(grads: PyTree) -> PyTree:
+    leaves = flatten(grads)
+    leaves = leaves._replace(values=[as_gradient(x) for x in leaves.values])
+    for path, x in zip(leaves.paths, leaves.values, strict=True):
+        check_gradient(path, x)
+    return leaves.rebuilt(leaves.values)
+
+
+def _in_dtype_of(param: Array, update: Array) -> Array:
+    is_complex = [jnp.iscomplexobj(x) for x in (param, update)]
+    return in_type_of(param, update) if is_complex[0] == is_complex[1] else update

@@ -34,11 +34,19 @@ from ._hyperparams import (
     HyperParamOrSchedule,
     in_dtype,
 )
-from ._numerics import DType, cast, compute_dtype, in_type_of, text_hash, times
+from ._numerics import (
+    DType,
+    as_array,
+    cast,
+    compute_dtype,
+    in_type_of,
+    text_hash,
+    times,
+)
 from ._optimizer import AbstractOptimizer, hash_of
 from ._paths import Leaves, flatten, on_device
 from ._state import AbstractMomentState, S
-from ._storage.codec import Encoded, Stored, decode, store
+from ._storage.codec import Encoded, Stored, Struct, decode, store
 from ._storage.format import Moments, StateFormat, zeros
 from ._typing import no_type_check
 
@@ -87,7 +95,7 @@ class AbstractMomentOptimizer(AbstractOptimizer[S], Generic[S, H]):
     @no_type_check
     def init(self, params: PyTree) -> S:
         """See [`eqx_ademamix.init`][]."""
-        trained = trained_arrays(self.trainable, flatten(params))
+        trained = trained_arrays(self.trainable, flatten(params), or_structs=True)
         check_not_empty(params, trained)
         as_bools(self.weight_decay_mask, trained, "weight_decay_mask")
         arrays = [x for x in trained.values if x is not None]
@@ -96,7 +104,11 @@ class AbstractMomentOptimizer(AbstractOptimizer[S], Generic[S, H]):
 
     @no_type_check
     def update(
-        self, grads: PyTree, state: S, params: PyTree | None = None
+        self,
+        grads: PyTree,
+        state: S,
+        params: PyTree | None = None,
+        **extra_args: object,
     ) -> tuple[PyTree, S]:
         """See [`eqx_ademamix.update`][]."""
         check_state_type(state, grads, self.state_type)
@@ -135,8 +147,8 @@ else:
     Rule = type  # older versions of beartype reject the subscripted one
 
 
-def _zeros(fmt: StateFormat, param: Array, has_m1: bool) -> Moments[Stored]:
-    blank = zeros(fmt, param)
+def _zeros(fmt: StateFormat, param: Array | Struct, has_m1: bool) -> Moments[Stored]:
+    blank = zeros(fmt, as_array(param))
     return blank if has_m1 else blank._replace(m1=None)
 
 

@@ -10,7 +10,6 @@ from .._checks import check_supported
 from .._inspection import find
 from .._paths import Node, is_entry
 from .._state import AdEMAMixState
-from .._step import AbstractMomentOptimizer
 from .._storage.codec import Encoded, Stored
 from .._typing import no_type_check
 from .adopt import adopted, copied, copies, our_state
@@ -61,7 +60,7 @@ def from_adamw(opt_state: PyTree, optim: AdEMAMix, params: PyTree) -> AdEMAMixSt
         assert state.count == 1 and state.count_m2 == 0
         ```
     """
-    check_supported(optim, AdEMAMix, AbstractMomentOptimizer)
+    check_supported(optim, AdEMAMix)
     adam = find(opt_state, _is_adam, "of Adam or AdamW")
     blank = optim.init(params)
     m1 = adopted("opt_state.mu", adam.mu, blank.m2, blank.m1)

@@ -19,7 +19,6 @@ from .._inspection import find
 from .._paths import describe
 from .._schedules import AlphaSchedule, Beta3Schedule
 from .._state import AdEMAMixState
-from .._step import AbstractMomentOptimizer
 from .._typing import no_type_check
 from .adopt import is_ours
 
@@ -66,7 +65,7 @@ def extend(optim: AdEMAMix, state: AdEMAMixState, *, warmup: float) -> AdEMAMix:
         assert optim.alpha(2000) == 8.0
         ```
     """
-    check_supported(optim, AdEMAMix, AbstractMomentOptimizer)
+    check_supported(optim, AdEMAMix)
     ours = find(state, is_ours, "of AdEMAMix", name="state")
     length = _concrete("warmup", hyperparam("warmup", warmup, non_negative))
     count = int(_concrete("state.count_m2", ours.count_m2))

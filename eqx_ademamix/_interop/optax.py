@@ -9,7 +9,7 @@ from jax import lax
 from jaxtyping import Array, Int32, PyTree
 
 from .._ademamix import AdEMAMix
-from .._checks import check_optimizer
+from .._checks import check_supported
 from .._hyperparams import Scalar, resolve_decay
 from .._inspection import decoded, find
 from .._numerics import Decay, bias_factor, moving_sum
@@ -66,7 +66,7 @@ def from_optax(
         state = eqx_ademamix.from_optax(opt_state, optim, params)
         ```
     """
-    check_optimizer(optim, AbstractMomentOptimizer)
+    check_supported(optim, AbstractMomentOptimizer)
     if isinstance(optim, SimplifiedAdEMAMix):
         return _from_simplified(opt_state, optim, params)
     found = find(opt_state, _is_ademamix, "of optax.contrib.ademamix")

@@ -14,7 +14,6 @@ from .._ademamix import AdEMAMix
 from .._checks import check_supported
 from .._paths import Path, describe, path_text, shortened
 from .._state import AdEMAMixState
-from .._step import AbstractMomentOptimizer
 from .._storage.codec import Stored, is_encoded
 from .._typing import no_type_check
 from .adopt import in_format
@@ -82,7 +81,7 @@ def from_torch(
         assert state.count == state.count_m2 == 100
         ```
     """
-    check_supported(optim, AdEMAMix, AbstractMomentOptimizer)
+    check_supported(optim, AdEMAMix)
     blank = optim.init(params)
     _check_kinds(state_dict, names)
     leaves, treedef = jtu.tree_flatten_with_path(blank.m2, is_leaf=is_encoded)

@@ -38,7 +38,7 @@ Mask: TypeAlias = PyTree | Callable[[PyTree], PyTree] | None
 
 @no_type_check
 def ademamix(
-    lr: HyperParamLikeOrSchedule | None = None,
+    lr: optax.ScalarOrSchedule = None,  # pyright: ignore[reportArgumentType]
     b1: HyperParamLike = 0.9,
     b2: HyperParamLike = 0.999,
     b3: HyperParamLikeOrSchedule = 0.9999,
@@ -50,8 +50,8 @@ def ademamix(
     weight_decay: HyperParamLike = 0.0,
     mu_dtype: DTypeLike | None = None,
     mask: Mask = None,
-    learning_rate: HyperParamLikeOrSchedule | None = None,
-) -> optax.GradientTransformation:
+    learning_rate: optax.ScalarOrSchedule = None,  # pyright: ignore[reportArgumentType]
+) -> optax.GradientTransformationExtraArgs:
     """AdEMAMix as an `optax.GradientTransformation`, with the argument order and the
     defaults of the known JAX implementations.
 
@@ -82,7 +82,7 @@ def ademamix(
 
     **Returns:**
 
-    An `optax.GradientTransformation`.
+    An `optax.GradientTransformationExtraArgs`, which ignores all extra arguments.
 
     **Raises:**
 
@@ -143,7 +143,7 @@ def scale_by_ademamix(
     eps: HyperParamLike = 1e-8,
     eps_root: HyperParamLike = 0.0,
     mu_dtype: DTypeLike | None = None,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     r"""The direction of AdEMAMix as an `optax.GradientTransformation`:
     $(\hat m_1 + \alpha m_2) / (\sqrt{\hat \nu + \epsilon_\text{root}} + \epsilon)$,
     with a positive sign. Scale it by minus a learning rate.
@@ -155,7 +155,7 @@ def scale_by_ademamix(
 
     **Returns:**
 
-    An `optax.GradientTransformation` whose state is an
+    An `optax.GradientTransformationExtraArgs` whose state is an
     [`eqx_ademamix.AdEMAMixState`][].
 
     **Raises:**
@@ -195,7 +195,7 @@ def scale_by_ademamix(
 
 @no_type_check
 def simplified_ademamix(
-    learning_rate: HyperParamLikeOrSchedule,
+    learning_rate: optax.ScalarOrSchedule,
     b1: HyperParamLikeOrSchedule = 0.99,
     b2: HyperParamLike = 0.95,
     alpha: HyperParamLikeOrSchedule = 0.0,
@@ -203,7 +203,7 @@ def simplified_ademamix(
     eps_root: HyperParamLike = 0.0,
     weight_decay: HyperParamLike = 0.0,
     mask: Mask = None,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """Simplified AdEMAMix as an `optax.GradientTransformation`, with the arguments of
     `optax.contrib.simplified_ademamix`.
 
@@ -223,7 +223,7 @@ def simplified_ademamix(
 
     **Returns:**
 
-    An `optax.GradientTransformation`.
+    An `optax.GradientTransformationExtraArgs`, which ignores all extra arguments.
 
     **Raises:**
 
@@ -265,7 +265,7 @@ def scale_by_simplified_ademamix(
     alpha: HyperParamLikeOrSchedule = 0.0,
     eps: HyperParamLike = 1e-8,
     eps_root: HyperParamLike = 0.0,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     r"""The direction of Simplified AdEMAMix as an `optax.GradientTransformation`:
     $(\alpha g + m) / (\sqrt{\hat \nu + \epsilon_\text{root}} + \epsilon)$, with a
     positive sign. Scale it by minus a learning rate.
@@ -277,7 +277,7 @@ def scale_by_simplified_ademamix(
 
     **Returns:**
 
-    An `optax.GradientTransformation` whose state is an
+    An `optax.GradientTransformationExtraArgs` whose state is an
     [`eqx_ademamix.SimplifiedAdEMAMixState`][].
 
     **Raises:**
@@ -304,7 +304,7 @@ def scale_by_simplified_ademamix(
 
 def _transformation(
     make: Callable[..., AbstractMomentOptimizer[S, H]], mask: Mask
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """The `init` and `update` of an optimizer, with a mask as optax understands it."""
 
     def mask_of(params: PyTree) -> FilterSpec:
@@ -315,17 +315,18 @@ def _transformation(
         return make(weight_decay_mask=mask_of(params))
 
     def init(params: PyTree) -> Any:
-        as_bools(mask_of(params), trained_arrays(True, flatten(params)), "mask")
+        trained = trained_arrays(True, flatten(params), or_structs=True)
+        as_bools(mask_of(params), trained, "mask")
         return masked(params).init(params)
 
     def update(
-        updates: PyTree, state: S, params: PyTree | None = None
+        updates: PyTree, state: S, params: PyTree | None = None, **extra_args: object
     ) -> tuple[PyTree, S]:
         optim = make() if params is None else masked(params)
         return optim.update(updates, state, params)
 
     # optax has one type for all states, which no type of a state is.
-    return optax.GradientTransformation(init, cast(Any, update))
+    return optax.GradientTransformationExtraArgs(init, cast(Any, update))
 
 
 def _python_bool(x: Node) -> Node:

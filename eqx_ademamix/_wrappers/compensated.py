@@ -1,5 +1,6 @@
 """16-bit parameters that train like float32 parameters."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -8,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-import optax
 from beartype import beartype
 from jax import lax
 from jaxtyping import Array, Float, Int, Int32, PyTree, jaxtyped
@@ -17,12 +17,13 @@ from .._checks import (
     check_alive,
     check_counter,
     check_gradient,
+    check_optimizer,
     check_state_type,
     checked_leaves,
 )
 from .._filters import as_gradient, trained_arrays
-from .._numerics import DType, seed_of, text_hash, uniform, up_or_down
-from .._optimizer import AbstractOptimizer, hash_of
+from .._numerics import DType, as_array, seed_of, text_hash, uniform, up_or_down
+from .._optimizer import AbstractOptimizer, OptaxOptimizer, hash_of, init, update
 from .._paths import (
     Leaves,
     Node,
@@ -30,10 +31,12 @@ from .._paths import (
     describe,
     flatten,
     is_entry,
+    is_inexact_shape,
     on_device,
     path_text,
 )
 from .._state import ArrayTree, next_count
+from .._storage.codec import Struct
 from .._typing import no_type_check
 
 
@@ -116,13 +119,13 @@ class Compensated(AbstractOptimizer[CompensatedState]):
         ```
     """
 
-    optim: AbstractOptimizer[Any] | optax.GradientTransformation
+    optim: AbstractOptimizer[Any] | OptaxOptimizer
     bits: int = eqx.field(static=True)
 
     @no_type_check
     def __init__(
         self,
-        optim: AbstractOptimizer[Any] | optax.GradientTransformation,
+        optim: AbstractOptimizer[Any] | OptaxOptimizer,
         bits: int = 16,
     ):
         """**Arguments:**
@@ -134,14 +137,7 @@ class Compensated(AbstractOptimizer[CompensatedState]):
 
         - `ValueError` or `TypeError`: for anything else.
         """
-        if isinstance(optim, type) or not (
-            callable(getattr(optim, "init", None))
-            and callable(getattr(optim, "update", None))
-        ):
-            raise TypeError(
-                f"`optim` is {describe(optim)}, but an optimizer with the methods "
-                "`init` and `update` was expected, of this package or of optax."
-            )
+        check_optimizer(optim)
         if type(bits) is not int or bits not in (8, 16):
             raise ValueError(f"`bits` is {describe(bits)}, but 8 or 16 was expected.")
         self.optim = optim
@@ -150,21 +146,21 @@ class Compensated(AbstractOptimizer[CompensatedState]):
     @no_type_check
     def init(self, params: PyTree) -> CompensatedState:
         """See [`eqx_ademamix.init`][]."""
-        like = trained_arrays(True, flatten(params))
+        like = trained_arrays(True, flatten(params), or_structs=True)
         arrays = like.rebuilt(like.values)
-        wide = self._whole(jax.tree.map(_wide, arrays), params)
-        inner_state = self.optim.init(wide)
-        # Only the optimizer knows which leaves are trained.
-        grads = eqx.filter(wide, eqx.is_inexact_array)
-        updates, _ = eqx.filter_eval_shape(self.optim.update, grads, inner_state, wide)
+        wide = eqx.combine(jax.tree.map(_wide_or_struct, arrays), params)
+        inner_state = init(self.optim, wide)
         dtype = np.dtype(f"int{self.bits}")
 
-        def remainder(p: Array | None, u: Node) -> Array | None:
+        def remainder(p: Array | Struct | None, u: Node) -> Array | None:
             if p is None or u is None or not _is_16_bit(p):
                 return None
-            return jnp.zeros_like(p, dtype=dtype)
+            return jnp.zeros_like(as_array(p), dtype=dtype)
 
+        updates = _trained_by(self.optim, wide, inner_state)
         remainders = jax.tree.map(remainder, arrays, updates, is_leaf=is_entry)
+        if jtu.tree_leaves(arrays) and not jtu.tree_leaves(remainders):
+            warnings.warn(_NO_EFFECT, stacklevel=3)
         pairs = zip(like.values, flatten(remainders).values, strict=True)
         return CompensatedState(
             inner_state=inner_state,
@@ -179,15 +175,17 @@ class Compensated(AbstractOptimizer[CompensatedState]):
         grads: PyTree,
         state: CompensatedState,
         params: PyTree | None = None,
+        **extra_args: object,
     ) -> tuple[PyTree, CompensatedState]:
         """See [`eqx_ademamix.update`][]."""
         state, like, p16 = self._checked(grads, state, params)
         g = _checked_gradients(grads, like)
         r16 = [r for r in like.values if r is not None]
         wide16 = _master(p16, r16)
-        wide = eqx.combine(_in_tree(wide16, like), _inexact(params))
-        updates, inner_state = self.optim.update(
-            jax.tree.map(_wide, g), state.inner_state, self._whole(wide, params)
+        wide = eqx.combine(_in_tree(wide16, like), params)
+        g = jax.tree.map(_wide, g)
+        updates, inner_state = update(
+            self.optim, g, state.inner_state, wide, **extra_args
         )
         u = _checked_updates(updates, params, like)
         updates16, remainder = _split(
@@ -257,13 +255,23 @@ class Compensated(AbstractOptimizer[CompensatedState]):
         _check_remainders(p16, like, state.dtypes, self.bits)
         return state, like, p16
 
-    def _whole(self, arrays: PyTree, params: PyTree) -> PyTree:
-        """What the wrapped optimizer gets: ours the whole model, optax's the arrays."""
-        is_ours = isinstance(self.optim, AbstractOptimizer)
-        return eqx.combine(arrays, params) if is_ours else arrays
-
 
 _STATE = "the optimizer state"
+_NO_EFFECT = (
+    "`Compensated` has no effect: no array that is trained has the dtype bfloat16 or "
+    "float16. Cast the model before `init`, or use the wrapped optimizer by itself."
+)
+
+
+def _trained_by(
+    optim: AbstractOptimizer[Any] | OptaxOptimizer, params: PyTree, state: PyTree
+) -> PyTree:
+    """A tree that has `None` at each leaf that an optimizer does not train. Only our
+    own optimizers choose. They say so by their updates."""
+    grads = eqx.filter(params, is_inexact_shape)
+    if not isinstance(optim, AbstractOptimizer):
+        return grads
+    return eqx.filter_eval_shape(update, optim, grads, state, params)[0]
 
 
 def _inexact(tree: PyTree) -> PyTree:
@@ -323,8 +331,8 @@ def _checked_updates(
     """The updates of the wrapped optimizer, once no 16-bit parameter is trained without
     a remainder."""
     u, p = flatten(updates).values, flatten(_inexact(params)).values
-    for path, x, update, r in zip(like.paths, p, u, like.values, strict=True):
-        if r is None and update is not None and _is_16_bit(x):
+    for path, x, u16, r in zip(like.paths, p, u, like.values, strict=True):
+        if r is None and u16 is not None and _is_16_bit(x):
             raise ValueError(
                 f"params{path_text(path)} has dtype {x.dtype}, but the state keeps no "
                 "remainder for it. Cast the model before `init`, not after it."
@@ -332,8 +340,14 @@ def _checked_updates(
     return u
 
 
-def _is_16_bit(x: Array) -> bool:
+def _is_16_bit(x: Array | Struct) -> bool:
     return jnp.issubdtype(x.dtype, np.floating) and x.dtype.itemsize == 2
+
+
+def _wide_or_struct(x: Array | Struct) -> Array | Struct:
+    if isinstance(x, Struct) and _is_16_bit(x):
+        return Struct(x.shape, np.float32, sharding=x.sharding)
+    return x if isinstance(x, Struct) else _wide(x)
 
 
 def _wide(x: Array) -> Array:
