@@ -120,19 +120,21 @@ class AdEMAMix(AbstractMomentOptimizer[AdEMAMixState, Hyperparams]):
         b3, complement3 = resolve_decay("b3", self.b3, count_m2)
         t = count.astype(float) + 1.0
         return Hyperparams(
-            learning_rate=resolve("learning_rate", self.learning_rate, count),
+            learning_rate=resolve("learning_rate", self.learning_rate, count, finite),
             b1=b1,
             b2=b2,
             b3=b3,
-            alpha=resolve("alpha", self.alpha, count_m2),
-            weight_decay=resolve("weight_decay", self.weight_decay, count),
+            alpha=resolve("alpha", self.alpha, count_m2, non_negative),
+            weight_decay=resolve(
+                "weight_decay", self.weight_decay, count, non_negative
+            ),
             _decay1=Decay.of(complement1),
             _decay2=Decay.of(complement2),
             _decay3=Decay.of(complement3),
             _bias1=bias_factor(complement1, t),
             _bias2=bias_factor(complement2, t),
-            _eps=resolve("eps", self.eps, count),
-            _eps_root=resolve("eps_root", self.eps_root, count),
+            _eps=resolve("eps", self.eps, count, non_negative),
+            _eps_root=resolve("eps_root", self.eps_root, count, non_negative),
         )
 
     @property

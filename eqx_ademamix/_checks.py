@@ -185,6 +185,8 @@ def check_step(
     for name in state.weights:
         _check_weight(name, getattr(state, name))
     check_alive("state", state)
+    if has_m1:
+        _check_has_m1(state)
     _check_departures(selection, names, base, has_m1)
     for leaf in selection.leaves:
         _check_moments(leaf, names, has_m1)
@@ -194,6 +196,16 @@ def check_step(
         _check_stored(leaf, names, fmt, has_params)
     _check_static("grads", selection.grads, "the optimizer state")
     _check_static(base, selection.trained, "the optimizer state")
+
+
+def _check_has_m1(state: AbstractMomentState[Any]) -> None:
+    m1, m2, _ = state.moments
+    if jtu.tree_leaves(m2) and not jtu.tree_leaves(m1):
+        raise ValueError(
+            "state.m1 has no moments, but this optimizer has a `b1` above 0 and needs "
+            "them. Was the state made by an optimizer with `b1=0`? Pass on the state "
+            "as `init` of this optimizer or the last `update` returned it."
+        )
 
 
 def _check_departures(

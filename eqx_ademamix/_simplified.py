@@ -124,22 +124,24 @@ class SimplifiedAdEMAMix(
         b2, complement2 = resolve_decay("b2", self.b2, count)
         decay1, num = Decay.of(complement1), state.num.astype(float)
         num = moving_sum(num, jnp.ones_like(num), decay1)
-        alpha = resolve("alpha", self.alpha, count)
+        alpha = resolve("alpha", self.alpha, count, non_negative)
         divisor = num if self.bias_correct_m1 else jnp.ones_like(num)
         divisor = num + alpha if self.normalize else divisor
         return SimplifiedHyperparams(
-            learning_rate=resolve("learning_rate", self.learning_rate, count),
+            learning_rate=resolve("learning_rate", self.learning_rate, count, finite),
             b1=b1,
             b2=b2,
             alpha=alpha,
-            weight_decay=resolve("weight_decay", self.weight_decay, count),
+            weight_decay=resolve(
+                "weight_decay", self.weight_decay, count, non_negative
+            ),
             _decay1=decay1,
             _decay2=Decay.of(complement2),
             _bias2=bias_factor(complement2, count.astype(float) + 1.0),
             _num=num,
             _divisor=divisor,
-            _eps=resolve("eps", self.eps, count),
-            _eps_root=resolve("eps_root", self.eps_root, count),
+            _eps=resolve("eps", self.eps, count, non_negative),
+            _eps_root=resolve("eps_root", self.eps_root, count, non_negative),
         )
 
     @property

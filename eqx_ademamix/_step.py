@@ -38,8 +38,11 @@ from ._numerics import (
     DType,
     as_array,
     cast,
+    clip_magnitude,
     compute_dtype,
     in_type_of,
+    largest_gradient,
+    saturated,
     text_hash,
     times,
 )
@@ -204,13 +207,14 @@ def _leaf_step(
     leaves of one type are traced, lowered and type-checked once."""
     old = Moments(m1, m2, nu)
     real, like = h.learning_rate.dtype, g if p is None else p
-    g = cast(g, real)
+    kept = [x.dtype for x in old if x is not None]
+    g = clip_magnitude(cast(g, real), largest_gradient(*kept))
     averages = rule.averages(g, _decoded(old, real), h)
     averages, stored = _stored(averages, old, names, key)
-    u = rule.direction(g, averages, h)
+    u = saturated(rule.direction(g, averages, h))
     if is_decayed and p is not None:
-        u = u + times(h.weight_decay, cast(p, real))
-    return in_type_of(like, times(-h.learning_rate, u)), stored
+        u = saturated(u + times(h.weight_decay, cast(p, real)))
+    return in_type_of(like, saturated(times(-h.learning_rate, u))), stored
 
 
 def _decoded(old: Moments[Stored], real: DType) -> Moments[Array]:
