@@ -115,6 +115,23 @@ def check_counter(name: str, count: object) -> None:
         )
 
 
+def check_weights(state: AbstractMomentState[Any], used: tuple[str, ...]) -> None:
+    """Checks the scalars that add up weights: those that the optimizer uses are there,
+    and no others."""
+    for name in state.weights:
+        weight = getattr(state, name)
+        if name in used and weight is not None:
+            _check_weight(name, weight)
+        elif name in used or weight is not None:
+            expected = "one" if name in used else "none"
+            raise ValueError(
+                f"state.{name} is {describe(weight)}, but this optimizer keeps "
+                f"{expected}. Was `bias_correct_m2` another one when the state was "
+                "made? Convert the state with `change_state_format(state, optim, "
+                "params)`."
+            )
+
+
 def _check_weight(name: str, weight: object) -> None:
     shape, dtype = getattr(weight, "shape", None), getattr(weight, "dtype", None)
     if shape != () or dtype not in (jnp.float32, jnp.float64):
@@ -182,8 +199,6 @@ def check_step(
     names, base = state.names, "params" if has_params else "grads"
     for name in state.counters:
         check_counter(name, getattr(state, name))
-    for name in state.weights:
-        _check_weight(name, getattr(state, name))
     check_alive("state", state)
     if has_m1:
         _check_has_m1(state)

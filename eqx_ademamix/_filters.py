@@ -189,15 +189,6 @@ def _with_node(departure: Departure, base: Leaves) -> Departure:
     return departure._replace(found=node) if is_other else departure
 
 
-def decayed(mask: FilterSpec, selection: Selection, has_decay: bool) -> list[bool]:
-    """Which leaves are decayed: one bool for each leaf that is trained."""
-    mask = mask if has_decay else False
-    arrays = [leaf.trained for leaf in selection.leaves]
-    flags = as_bools(mask, selection.like._replace(values=arrays), "weight_decay_mask")
-    pairs = zip(flags, arrays, strict=True)
-    return [flag for flag, x in pairs if x is not None]
-
-
 def as_gradient(x: Node) -> Node:
     if getattr(x, "dtype", None) == jax.dtypes.float0:
         return None  # what `jax.grad(..., allow_int=True)` returns for integers

@@ -246,6 +246,7 @@ class Hyperparams(AbstractHyperparams):
     _decay3: Decay = eqx.field(repr=False)
     _bias1: Scalar = eqx.field(repr=False)  # 1 - b1^t
     _bias2: Scalar = eqx.field(repr=False)  # 1 - b2^t
+    _m2_weight: Scalar | None = eqx.field(repr=False)  # after this step
     _eps: Scalar = eqx.field(repr=False)
     _eps_root: Scalar = eqx.field(repr=False)
 
