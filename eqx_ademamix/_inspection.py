@@ -16,6 +16,7 @@ from ._paths import (
     Path,
     children,
     describe,
+    full_path_text,
     is_leaf,
     leaves_with_path,
     on_device,
@@ -210,7 +211,7 @@ def _row(path: Path, moments: Moments[Stored], shown: list[int]) -> tuple[str, .
     size, total = math.prod(shape), state_bytes(moments)
     each = f"{total / size:.2f}" if size else "-"
     kinds = (_kind(moments[i]) for i in shown)
-    return (jtu.keystr(path) or "(the tree itself)", str(shape), *kinds, each)
+    return (full_path_text(path), str(shape), *kinds, each)
 
 
 def _kind(moment: Stored | Struct | None) -> str:

@@ -25,6 +25,8 @@ from eqx_ademamix import (
     decay_mask,
     hyperparams,
     init,
+    learning_rate_report,
+    path_scales,
     update,
 )
 
@@ -100,6 +102,14 @@ def make(*args: Any, **kwargs: Any) -> Any:
 
 def masked(mask: Any, params: Any = MODEL) -> Any:
     return lambda: init(AdEMAMix(1e-3, weight_decay_mask=mask), params)
+
+
+def scaled(scales: Any, params: Any = MODEL) -> Any:
+    return lambda: learning_rate_report(params, scales)
+
+
+def ruled(rules: Any, params: Any = MODEL) -> Any:
+    return lambda: path_scales(params, rules)
 
 
 def frozen(spec: Any) -> Any:
@@ -522,6 +532,115 @@ CASES = (
         "nothing trained",
         frozen(False),
         "`trainable` selects none of the arrays of `params`",
+    ),
+    # scales
+    (
+        "scales of another structure",
+        scaled([1.0, 2.0]),
+        "^scales is a list of length 2, but the parameters have an `MLP` there. Scales are a number",
+    ),
+    (
+        "scales too deep",
+        scaled({"w": {"x": 1.0}}, {"w": jnp.ones(2)}),
+        r"scales\['w'\] is a dict with the keys 'x', but the parameters have a float32 array",
+    ),
+    (
+        "no scale for an array",
+        scaled(put(path_scales(MODEL, {}), W0, None)),
+        r"`scales\.layers\[0\]\.weight` is None, but a scale was expected",
+    ),
+    (
+        "a bool as a scale",
+        scaled(put(path_scales(MODEL, {}), W0, True)),
+        r"`scales\.layers\[0\]\.weight` is the bool True, but a scale was expected: a finite real",
+    ),
+    (
+        "a NumPy bool as a scale",
+        scaled(np.bool_(True)),
+        r"`scales` is a bool array of shape \(\), but a scale was expected",
+    ),
+    (
+        "a schedule as a scale",
+        scaled({"w": optax.constant_schedule(1.0)}, {"w": jnp.ones(2)}),
+        r"`scales\['w'\]` is the function `.*`, but a scale was expected",
+    ),
+    (
+        "a scale in quotes",
+        ruled({"bias": "0.5"}),
+        r"`rules\['bias'\]` is the str '0.5', but a scale was expected",
+    ),
+    (
+        "a complex scale",
+        ruled({eqx.nn.Linear: jnp.asarray(1j)}),
+        r"`rules\[Linear\]` is a complex64 array of shape \(\), but a scale was expected",
+    ),
+    (
+        "NaN as a scale",
+        ruled({"bias": np.nan}),
+        r"`rules\['bias'\]` is nan, but a finite number was expected",
+    ),
+    (
+        "infinite in float32",
+        scaled(put(path_scales(MODEL, {}), W0, 1e39)),
+        r"`scales\.layers\[0\]\.weight` is 1e\+39 \(inf in float32\), but a finite",
+    ),
+    (
+        "NaN in an array",
+        scaled([np.asarray([0, np.nan])], [jnp.ones(2)]),
+        r"`scales\[0\]` is a float64 array of shape \(2,\) with NaN or infinite entries in float32",
+    ),
+    (
+        "a scale with another size",
+        scaled(np.ones(3), {"w": jnp.ones((3, 4)), "b": [jnp.ones((2, 3))]}),
+        r"`scales` has shape \(3,\) at \['b'\]\[0\], where the parameter has shape \(2, 3\)",
+    ),
+    (
+        "a scale with too many axes",
+        scaled(np.ones((3, 1)), jnp.ones(3)),
+        r"`scales` has shape \(3, 1\) at \(the tree itself\), where the parameter has shape \(3,\)",
+    ),
+    (
+        "a rule with another size",
+        ruled({"bias": 1, "layers": jnp.ones(4)}),
+        r"`rules\['layers'\]` has shape \(4,\) at \.layers\[2\]\.weight, "
+        r"where the parameter has shape \(2, 4\)",
+    ),
+    (
+        "rules that are not pairs",
+        ruled(["bias", "weight"]),
+        "`rules` is a list of length 2, but a mapping from regular expressions or types",
+    ),
+    ("a rule alone", ruled(0.5), "`rules` is the float 0.5, but a mapping from"),
+    (
+        "a module as a key",
+        ruled([(eqx.nn.Identity(), 0.5)]),
+        r"`rules` has the key Identity\(\), but a regular expression or a type was expected",
+    ),
+    (
+        "a pattern of bytes",
+        ruled({b"bias": 0.5}),
+        r"`rules` has the key b'bias', but a regular expression or a type was expected",
+    ),
+    (
+        "an invalid pattern",
+        ruled({"layers[0": 0.5}),
+        r"`rules` has the key 'layers\[0', which is not a regular expression \(unterminated",
+    ),
+    (
+        "a pattern without its backslash",
+        ruled({"layers[0]": 0.5}),
+        r"`rules\['layers\[0\]'\]` matches none of the model's 6 floating-point or complex arrays: "
+        r"\.layers\[0\]\.weight, \.layers\[0\]\.bias, \.layers\[1\]\.weight, \.\.\.\. Correct the key",
+    ),
+    (
+        "a type that is not there",
+        ruled({eqx.nn.Embedding: 0.5}, {"w": jnp.ones(2), "n": 3}),
+        r"`rules\[Embedding\]` matches none of the model's 1 floating-point or complex arrays: \['w'\]\.",
+    ),
+    (
+        "rules for a model without arrays",
+        ruled({"n": 0.5}, {"n": 3}),
+        r"`rules\['n'\]` matches none of the model's 0 .*: it has none\.",
     ),
     (
         "nothing trained by callable",
