@@ -80,7 +80,9 @@ def rounded(value: Array, dtype: DType) -> Array:
 #
 
 
-def times(factor: Float[Array, "..."], x: Inexact[Array, "..."]) -> Inexact[Array, "..."]:
+def times(
+    factor: Float[Array, "..."], x: Inexact[Array, "..."]
+) -> Inexact[Array, "..."]:
     """`factor * x`."""
     return _componentwise(lambda part: factor * part, x)
 

@@ -202,7 +202,9 @@ def _plans(
     mask = optim.weight_decay_mask if optim.has_decay else False
     flags = as_bools(mask, trained, "weight_decay_mask")
     scales = as_scales(optim.learning_rate_scale, trained, "learning_rate_scale")
-    kind = WeightDecay.decoupled if optim.decoupled_weight_decay else WeightDecay.coupled
+    kind = (
+        WeightDecay.decoupled if optim.decoupled_weight_decay else WeightDecay.coupled
+    )
     return [
         Plan(kind if flag else WeightDecay.none, None if _is_one(scale) else scale)
         for flag, scale, x in zip(flags, scales, arrays, strict=True)
