@@ -115,6 +115,23 @@ def check_counter(name: str, count: object) -> None:
         )
 
 
+def check_weights(state: AbstractMomentState[Any], used: tuple[str, ...]) -> None:
+    """Checks the scalars that add up weights: those that the optimizer uses are there,
+    and no others."""
+    for name in state.weights:
+        weight = getattr(state, name)
+        if name in used and weight is not None:
+            _check_weight(name, weight)
+        elif name in used or weight is not None:
+            expected = "one" if name in used else "none"
+            raise ValueError(
+                f"state.{name} is {describe(weight)}, but this optimizer keeps "
+                f"{expected}. Was `bias_correct_m2` another one when the state was "
+                "made? Convert the state with `change_state_format(state, optim, "
+                "params)`."
+            )
+
+
 def _check_weight(name: str, weight: object) -> None:
     shape, dtype = getattr(weight, "shape", None), getattr(weight, "dtype", None)
     if shape != () or dtype not in (jnp.float32, jnp.float64):
@@ -182,9 +199,9 @@ def check_step(
     names, base = state.names, "params" if has_params else "grads"
     for name in state.counters:
         check_counter(name, getattr(state, name))
-    for name in state.weights:
-        _check_weight(name, getattr(state, name))
     check_alive("state", state)
+    if has_m1:
+        _check_has_m1(state)
     _check_departures(selection, names, base, has_m1)
     for leaf in selection.leaves:
         _check_moments(leaf, names, has_m1)
@@ -194,6 +211,16 @@ def check_step(
         _check_stored(leaf, names, fmt, has_params)
     _check_static("grads", selection.grads, "the optimizer state")
     _check_static(base, selection.trained, "the optimizer state")
+
+
+def _check_has_m1(state: AbstractMomentState[Any]) -> None:
+    m1, m2, _ = state.moments
+    if jtu.tree_leaves(m2) and not jtu.tree_leaves(m1):
+        raise ValueError(
+            "state.m1 has no moments, but this optimizer has a `b1` above 0 and needs "
+            "them. Was the state made by an optimizer with `b1=0`? Pass on the state "
+            "as `init` of this optimizer or the last `update` returned it."
+        )
 
 
 def _check_departures(

@@ -11,6 +11,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
+from ._numerics import clip_magnitude
 from ._paths import (
     Departure,
     Leaves,
@@ -188,17 +189,17 @@ def _with_node(departure: Departure, base: Leaves) -> Departure:
     return departure._replace(found=node) if is_other else departure
 
 
-def decayed(mask: FilterSpec, selection: Selection, has_decay: bool) -> list[bool]:
-    """Which leaves are decayed: one bool for each leaf that is trained."""
-    mask = mask if has_decay else False
-    arrays = [leaf.trained for leaf in selection.leaves]
-    flags = as_bools(mask, selection.like._replace(values=arrays), "weight_decay_mask")
-    pairs = zip(flags, arrays, strict=True)
-    return [flag for flag, x in pairs if x is not None]
-
-
 def as_gradient(x: Node) -> Node:
     if getattr(x, "dtype", None) == jax.dtypes.float0:
         return None  # what `jax.grad(..., allow_int=True)` returns for integers
     is_numpy = isinstance(x, (np.ndarray, np.generic))
-    return jnp.asarray(x) if is_numpy else x
+    return jnp.asarray(_in_range(x)) if is_numpy else x
+
+
+def _in_range(x: np.ndarray | np.generic) -> np.ndarray | np.generic:
+    """A NumPy gradient in the range of the widest float that is enabled: a finite
+    number stays finite when it is converted."""
+    widest = jnp.finfo(jnp.result_type(float))
+    if x.dtype.kind not in "fc" or np.finfo(x.dtype).bits <= widest.bits:
+        return x
+    return clip_magnitude(x, float(widest.max), np)
