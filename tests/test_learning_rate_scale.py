@@ -235,7 +235,8 @@ def test_infinite_scales(value: Any):
     text = r"`learning_rate_scale\['a'\]` is .* finite number"
     with pytest.raises(ValueError, match=text):
         checked_scales({"a": value})
-    assert jnp.shape(jax.jit(checked_scales)(jnp.asarray(value))) == np.shape(value)
+    traced = jnp.full(np.shape(value), np.nan)  # is not checked
+    assert jax.jit(checked_scales)(traced).shape == np.shape(value)
 
 
 #
@@ -392,6 +393,21 @@ def test_weight_decay_is_scaled(cls: Any):
     assert updates["a"].tolist() == [-0.0625, 0.125] and updates["b"].tolist() == [-0.5]
 
 
+@pytest.mark.parametrize("cls", (AdEMAMix, SimplifiedAdEMAMix))
+def test_decoupled_weight_decay_is_not_scaled(cls: Any):
+    params = {"a": jnp.asarray([1.0, -2.0]), "b": jnp.asarray([4.0])}
+    optim = cls(
+        0.5,
+        weight_decay=0.25,
+        decoupled_weight_decay=True,
+        learning_rate_scale={"a": 0.5, "b": np.zeros(1)},
+    )
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    state = eqx_ademamix.init(optim, params)
+    updates, _ = eqx_ademamix.update(optim, zeros, state, params)
+    assert updates["a"].tolist() == [-0.25, 0.5] and updates["b"].tolist() == [-1.0]
+
+
 def test_traced_scales_do_not_retrace():
     counted, traces = count_traces(eqx_ademamix.update)
     step = eqx.filter_jit(counted)
@@ -487,16 +503,28 @@ def test_frozen_leaves_need_no_scale():
     np.testing.assert_array_equal(updates.layers[2].weight, half)
 
 
-def test_scales_inside_optax():
+def test_scales_inside_optax(standard_promotion: Any):
     """In `optax.chain`, and as an argument that `inject_hyperparams` leaves alone."""
     scales = {"a": 0.5, "b": jnp.asarray([1.0, 0.25])}
     params = {"a": jnp.ones(3), "b": jnp.ones((2, 2))}
-    [(expected, _)] = run(AdEMAMix(0.5, learning_rate_scale=scales), params, 1)
-    chain: Any = optax.chain(
-        AdEMAMix(0.5, learning_rate_scale=scales), optax.identity()
+    optim: Any = AdEMAMix(0.5, learning_rate_scale=scales)
+    [(expected, _)] = run(optim, params, 1)
+    trees_and_flags = (
+        "weight_decay_mask",
+        "trainable",
+        "state_format",
+        "learning_rate_scale",
+        "bias_correct_m2",
+        "decoupled_weight_decay",
     )
-    updates, _ = chain.update(grads_of(params, 0), chain.init(params), params)
-    assert eqx.tree_equal(updates, expected, rtol=1e-6)
+    cls: Any = AdEMAMix
+    injected = optax.inject_hyperparams(cls, static_args=trees_and_flags)
+    for other in (
+        optax.chain(optim, optax.identity()),
+        injected(0.5, learning_rate_scale=scales),
+    ):
+        updates, _ = other.update(grads_of(params, 0), other.init(params), params)
+        assert eqx.tree_equal(updates, expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
