@@ -9,7 +9,13 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
-from ._checks import check_alive, check_optimizer, check_state_type
+from ._checks import (
+    check_alive,
+    check_count,
+    check_optimizer,
+    check_progress,
+    check_state_type,
+)
 from ._hyperparams import H, public_part
 from ._paths import (
     Node,
@@ -48,7 +54,8 @@ def hyperparams(optim: AbstractMomentOptimizer[S, H], state: S) -> H:
 
     **Raises:**
 
-    - `ValueError` or `TypeError`: if the state does not belong to the optimizer.
+    - `ValueError` or `TypeError`: if the state does not belong to the optimizer, or has
+        a negative counter.
 
     !!! Example
 
@@ -67,6 +74,7 @@ def hyperparams(optim: AbstractMomentOptimizer[S, H], state: S) -> H:
     check_state_type(state, None, optim.state_type)
     for name, tree in {"optim": optim, "state": state}.items():
         check_alive(name, tree)
+    check_progress(state)
     return public_part(optim.resolve(on_device(state)))
 
 
@@ -254,6 +262,7 @@ def find(
                 f"{name}.{counter} is {describe(count)}, but a scalar was expected. "
                 "Convert a batch of states under `eqx.filter_vmap`."
             )
+        check_count(f"{name}.{counter}", count)
     return on_device(found[0])
 
 
