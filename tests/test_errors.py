@@ -92,6 +92,13 @@ def state(where: Any, value: Any) -> Any:
     return lambda: update(OPTIM, GRADS, put(STATE, where, value), MODEL)
 
 
+NEGATIVE = put(STATE, lambda s: s.count, jnp.asarray(-5))
+
+
+def simplified_state(num: float) -> Any:
+    return put(init(SIMPLIFIED, MODEL), lambda s: s.num, jnp.asarray(num))
+
+
 def params(value: Any) -> Any:
     return lambda: update(OPTIM, GRADS, STATE, value)
 
@@ -259,18 +266,18 @@ CASES = (
     (
         "optimizer last",
         lambda: update(GRADS, STATE, OPTIM),
-        "`optim` is an `MLP`, but an optimizer of this package",
+        "`optim` is an `MLP`, but an optimizer of this package or of optax was expected",
     ),
     (
         "optax's optimizer",
-        lambda: init(optax.adam(1e-3), MODEL),
-        "`optim` is a `GradientTransformation",
+        lambda: init(optax.adam, MODEL),
+        "`optim` is the function `adam`, but an optimizer of this package or of optax",
     ),
     (
         "model first",
         lambda: init(MODEL, OPTIM),
         "`optim` is an `MLP`, "
-        "but an optimizer of this package was expected. Check the order of the arguments",
+        "but an optimizer of this package or of optax was expected, .* Check the order",
     ),
     # the state
     (
@@ -296,7 +303,7 @@ CASES = (
     (
         "of b1=0",
         lambda: update(OPTIM, GRADS, init(AdEMAMix(1, b1=0), MODEL), MODEL),
-        r"state\.m1\.layers\[0\]\.weight is None, but state\.m2 has a float32 array",
+        r"state\.m1 has no moments, but this optimizer has a `b1` above 0",
     ),
     (
         "for b1=0",
@@ -374,6 +381,51 @@ CASES = (
         state(lambda s: s.count, jnp.asarray(1.0)),
         r"state\.count is a float32 array of shape \(\), "
         r"but an int32 array of shape \(\) was expected",
+    ),
+    (
+        "count negative",
+        lambda: update(OPTIM, GRADS, NEGATIVE, MODEL),
+        r"^state\.count is -5, but a number of steps >= 0 was expected\. Pass on the state",
+    ),
+    (
+        "count_m2 negative, of NumPy",
+        state(lambda s: s.count_m2, np.asarray(-1, np.int32)),
+        r"^state\.count_m2 is -1, but a number of steps >= 0",
+    ),
+    (
+        "count negative, hyperparams",
+        lambda: hyperparams(OPTIM, NEGATIVE),
+        r"^state\.count is -5, but a number of steps >= 0",
+    ),
+    (
+        "count negative, in a constant of jit",
+        lambda: jax.jit(lambda: update(OPTIM, GRADS, NEGATIVE, MODEL)[0].layers)(),
+        r"^state\.count is -5, but a number of steps >= 0",
+    ),
+    (
+        "count negative, Compensated",
+        lambda: update(
+            COMPENSATED,
+            GRADS16,
+            put(STATE16, lambda s: s.count, jnp.asarray(-5)),
+            MODEL16,
+        ),
+        r"^state\.count is -5, but a number of steps >= 0",
+    ),
+    (
+        "num negative",
+        lambda: update(SIMPLIFIED, GRADS, simplified_state(-1.0), MODEL),
+        r"^state\.num is -1\.0, but a finite sum of weights >= 0 was expected",
+    ),
+    (
+        "num NaN",
+        lambda: update(SIMPLIFIED, GRADS, simplified_state(np.nan), MODEL),
+        r"^state\.num is nan, but a finite sum of weights >= 0",
+    ),
+    (
+        "num infinite, hyperparams",
+        lambda: hyperparams(SIMPLIFIED, simplified_state(np.inf)),
+        r"^state\.num is inf, but a finite sum of weights >= 0",
     ),
     (
         "batched",
@@ -1211,6 +1263,14 @@ def test_traced_hyperparameters_are_left_alone():
         return optim.update(jnp.ones(2), optim.init(jnp.ones(2)))[0]
 
     assert step(0.9, -1.0, 0.0).shape == (2,)
+
+
+def test_traced_counters_are_left_alone():
+    where = lambda s: (s.count, s.count_m2)
+    bad = put(STATE, where, (jnp.asarray(-5), jnp.asarray(-5)))
+    _, after = eqx.filter_jit(update)(OPTIM, GRADS, bad, MODEL)
+    assert (after.count, after.count_m2) == (-4, -4)
+    assert eqx.filter_jit(hyperparams)(OPTIM, bad).b1 == np.float32(0.9)
 
 
 @pytest.mark.parametrize("rate", (0, -1e-3, jnp.asarray(-1.0)))
