@@ -9,7 +9,12 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
-from ._checks import check_alive, check_state_type, check_supported
+from ._checks import (
+    check_alive,
+    check_progress,
+    check_state_type,
+    check_supported,
+)
 from ._hyperparams import H, public_part
 from ._paths import (
     Node,
@@ -49,7 +54,8 @@ def hyperparams(optim: AbstractMomentOptimizer[S, H], state: S) -> H:
 
     **Raises:**
 
-    - `ValueError` or `TypeError`: if the state does not belong to the optimizer.
+    - `ValueError` or `TypeError`: if the state does not belong to the optimizer, or has
+        a negative counter.
 
     !!! Example
 
@@ -68,6 +74,7 @@ def hyperparams(optim: AbstractMomentOptimizer[S, H], state: S) -> H:
     check_state_type(state, None, optim.state_type)
     for name, tree in {"optim": optim, "state": state}.items():
         check_alive(name, tree)
+    check_progress(state)
     return public_part(optim.resolve(on_device(state)))
 
 
@@ -255,6 +262,7 @@ def find(
                 f"{name}.{counter} is {describe(count)}, but a scalar was expected. "
                 "Convert a batch of states under `eqx.filter_vmap`."
             )
+        check_count(f"{name}.{counter}", count)
     return on_device(found[0])
 
 

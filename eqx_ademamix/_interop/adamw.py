@@ -39,8 +39,8 @@ def from_adamw(opt_state: PyTree, optim: AdEMAMix, params: PyTree) -> AdEMAMixSt
 
     **Raises:**
 
-    - `ValueError`: if `opt_state` has no Adam state or more than one, or the state of
-        another model.
+    - `ValueError`: if `opt_state` has no Adam state or more than one, the state of
+        another model, or illegal values (such as NaN, or a negative `nu`).
 
     !!! Example
 

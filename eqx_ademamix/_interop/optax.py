@@ -50,8 +50,8 @@ def from_optax(
 
     **Raises:**
 
-    - `ValueError`: if `opt_state` has no such state or more than one, or the state of
-        another model.
+    - `ValueError`: if `opt_state` has no such state or more than one, the state of
+        another model, or illegal values (such as NaN, or a negative `nu`).
 
     !!! Example
 
