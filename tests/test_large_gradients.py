@@ -14,7 +14,7 @@ from .helpers import COMPACT, everywhere, max_error, reference_init, reference_s
 
 
 # Three quarters of the square root of float32's largest number: 1.38e19.
-BOUND = 0.75 * np.sqrt(np.finfo(np.float32).max).astype(np.float64)
+BOUND = 0.75 * np.sqrt(float(np.finfo(np.float32).max))
 LARGEST = float(np.finfo(np.float32).max)
 RULE: dict[str, float] = dict(lr=1.0, b1=0.9, b2=0.999, b3=0.9999, alpha=5.0)
 
