@@ -8,29 +8,28 @@ import optax
 from jax import lax
 from jaxtyping import Array, Int32, PyTree
 
-from .._ademamix import AdEMAMix
-from .._checks import check_supported
 from .._hyperparams import Scalar, resolve_decay
-from .._inspection import decoded, find
+from .._inspection import decoded, find, is_moment_state, unwrapped
 from .._numerics import Decay, bias_factor, moving_sum
-from .._paths import Node
+from .._optimizer import AbstractOptimizer, OptaxOptimizer, State
+from .._paths import Node, describe
 from .._simplified import SimplifiedAdEMAMix
 from .._state import AbstractMomentState, AdEMAMixState, SimplifiedAdEMAMixState
-from .._step import AbstractMomentOptimizer
 from .._typing import no_type_check
 from .adopt import adopted, copied, copies
+from .target import blank_state, continued
 
 
-@overload
-def from_optax(opt_state: PyTree, optim: AdEMAMix, params: PyTree) -> AdEMAMixState: ...
 @overload
 def from_optax(
-    opt_state: PyTree, optim: SimplifiedAdEMAMix, params: PyTree
-) -> SimplifiedAdEMAMixState: ...
+    opt_state: PyTree, optim: AbstractOptimizer[State], params: PyTree
+) -> State: ...
+@overload
+def from_optax(opt_state: PyTree, optim: OptaxOptimizer, params: PyTree) -> Any: ...
 @no_type_check
 def from_optax(
-    opt_state: PyTree, optim: AdEMAMix | SimplifiedAdEMAMix, params: PyTree
-) -> AdEMAMixState | SimplifiedAdEMAMixState:
+    opt_state: PyTree, optim: AbstractOptimizer[Any] | OptaxOptimizer, params: PyTree
+) -> Any:
     """Moves a run of `optax.contrib.ademamix` or `optax.contrib.simplified_ademamix` to
     this package, without loss.
 
@@ -40,18 +39,24 @@ def from_optax(
         `ScaleByAdemamixState` of `optax.contrib`, or one with the same fields from
         another implementation, at any depth. For a
         [`eqx_ademamix.SimplifiedAdEMAMix`][], one `ScaleBySimplifiedAdEMAMixState`.
-    - `optim`: the optimizer that continues the run.
+    - `optim`: the optimizer that continues the run: one of this package, an
+        [`eqx_ademamix.Compensated`][] around it, or an optax optimizer that contains
+        exactly one [`eqx_ademamix.AdEMAMix`][]. (A `SimplifiedAdEMAMix` inside an optax
+        optimizer cannot be converted to, since its `b1` cannot be read.)
     - `params`: the model.
 
     **Returns:**
 
-    The state of `optim`, in its own format. It shares no buffer with `opt_state`. A
-    `num`, which optax does not keep, is computed from `optim.b1` over all steps taken.
+    The state of `optim`, in its own format. It shares no buffer with `opt_state`. The
+    counters of schedules in `opt_state` and the remainders of a `Compensated` continue
+    as in [`eqx_ademamix.from_adamw`][]. A `num`, which optax does not keep, is computed
+    from `b1` over all steps taken.
 
     **Raises:**
 
     - `ValueError`: if `opt_state` has no such state or more than one, or the state of
-        another model.
+        another model; if `optim` does not contain exactly one optimizer of this
+        package; or if it is ambiguous with which number a schedule continues.
 
     !!! Example
 
@@ -66,11 +71,16 @@ def from_optax(
         state = eqx_ademamix.from_optax(opt_state, optim, params)
         ```
     """
-    check_supported(optim, AbstractMomentOptimizer)
-    if isinstance(optim, SimplifiedAdEMAMix):
-        return _from_simplified(opt_state, optim, params)
+    tree, blank = blank_state(optim, params, AbstractMomentState)
+    if isinstance(blank, SimplifiedAdEMAMixState):
+        ours = _simplified(opt_state, unwrapped(optim), blank)
+    else:
+        ours = _ademamix(opt_state, blank)
+    return continued(tree, ours, opt_state)
+
+
+def _ademamix(opt_state: PyTree, blank: AdEMAMixState) -> AdEMAMixState:
     found = find(opt_state, _is_ademamix, "of optax.contrib.ademamix")
-    blank = optim.init(params)
     return AdEMAMixState(
         count=copied(found.count, jnp.int32),
         count_m2=copied(found.count_m2, jnp.int32),
@@ -80,12 +90,18 @@ def from_optax(
     )
 
 
-def _from_simplified(
-    opt_state: PyTree, optim: SimplifiedAdEMAMix, params: PyTree
+def _simplified(
+    opt_state: PyTree, optim: object, blank: SimplifiedAdEMAMixState
 ) -> SimplifiedAdEMAMixState:
     of_what = "of optax.contrib.simplified_ademamix"
     found = find(opt_state, _is_simplified, of_what)
-    blank = optim.init(params)
+    if not isinstance(optim, SimplifiedAdEMAMix):
+        raise ValueError(
+            f"`optim` is {describe(optim)}, but `num` is computed from the `b1` of a "
+            "`SimplifiedAdEMAMix`, which cannot be read inside an optax optimizer. "
+            "Convert with the `SimplifiedAdEMAMix` itself, and put the result into the "
+            "state of the optax optimizer with `eqx.tree_at`."
+        )
     count = copied(found.t, jnp.int32)
     return SimplifiedAdEMAMixState(
         count=count,
@@ -162,7 +178,7 @@ def to_optax(
         opt_state = (eqx_ademamix.to_optax(state), *tx.init(params)[1:])
         ```
     """
-    found = decoded(find(state, _is_ours, "of AdEMAMix", name="state"))
+    found = decoded(find(state, is_moment_state, "of AdEMAMix", name="state"))
     if isinstance(found, SimplifiedAdEMAMixState):
         return optax.contrib.ScaleBySimplifiedAdEMAMixState(
             t=copied(found.count), m=copies(found.m), n=copies(found.nu)
@@ -176,10 +192,6 @@ def to_optax(
         m2=copies(found.m2),
         nu=copies(found.nu),
     )
-
-
-def _is_ours(x: Node) -> bool:
-    return isinstance(x, AbstractMomentState)
 
 
 # Optax's states are recognized by their fields, since other implementations have named
