@@ -2,7 +2,9 @@
 # The rule reads the derived values of its own hyperparameters.
 # pyright: reportPrivateUsage=false
 
+import equinox as eqx
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array
 
 from ._filters import FilterSpec, with_python_bools
@@ -12,8 +14,10 @@ from ._hyperparams import (
     HyperParamLikeOrSchedule,
     HyperParamOrSchedule,
     Hyperparams,
+    Scalar,
     check_eps,
     check_schedule,
+    checked_flag,
     decay,
     finite,
     hyperparam,
@@ -22,6 +26,7 @@ from ._hyperparams import (
     resolve,
     resolve_decay,
 )
+from ._learning_rate_scale import Scales, checked_scales
 from ._numerics import Decay, abs_squared, bias_factor, moving_average, over, times
 from ._schedules import AlphaSchedule, Beta3Schedule
 from ._state import AdEMAMixState
@@ -90,10 +95,13 @@ class AdEMAMix(AbstractMomentOptimizer[AdEMAMixState, Hyperparams]):
     alpha: HyperParamOrSchedule
     eps: HyperParam
     eps_root: HyperParam
-    weight_decay: HyperParam
+    weight_decay: HyperParamOrSchedule
     weight_decay_mask: FilterSpec
     trainable: FilterSpec
     state_format: StateFormat
+    bias_correct_m2: bool = eqx.field(static=True)
+    decoupled_weight_decay: bool = eqx.field(static=True)
+    learning_rate_scale: Scales
 
     @staticmethod
     def averages(g: Array, m: Moments[Array], h: Hyperparams) -> Moments[Array]:
@@ -108,9 +116,10 @@ class AdEMAMix(AbstractMomentOptimizer[AdEMAMixState, Hyperparams]):
     def direction(g: Array, m: Moments[Array], h: Hyperparams) -> Array:
         """Algorithm 1 on one leaf: the direction, before learning rate and decay."""
         m1_hat = g if m.m1 is None else over(m.m1, h._bias1)  # b1 = 0: m1 is g
+        m2_hat = m.m2 if h._m2_weight is None else over(m.m2, h._m2_weight)
         nu_hat = over(m.nu, h._bias2)
         denominator = jnp.sqrt(nu_hat + h._eps_root) + h._eps
-        return over(m1_hat + times(h.alpha, m.m2), denominator)
+        return over(m1_hat + times(h.alpha, m2_hat), denominator)
 
     def resolve(self, state: AdEMAMixState) -> Hyperparams:
         """The hyperparameters of the next step, at the counters before it."""
@@ -118,22 +127,34 @@ class AdEMAMix(AbstractMomentOptimizer[AdEMAMixState, Hyperparams]):
         b1, complement1 = resolve_decay("b1", self.b1, count)
         b2, complement2 = resolve_decay("b2", self.b2, count)
         b3, complement3 = resolve_decay("b3", self.b3, count_m2)
-        t = count.astype(float) + 1.0
+        decay3, t = Decay.of(complement3), count.astype(float) + 1.0
         return Hyperparams(
-            learning_rate=resolve("learning_rate", self.learning_rate, count),
+            learning_rate=resolve("learning_rate", self.learning_rate, count, finite),
             b1=b1,
             b2=b2,
             b3=b3,
-            alpha=resolve("alpha", self.alpha, count_m2),
-            weight_decay=resolve("weight_decay", self.weight_decay, count),
+            alpha=resolve("alpha", self.alpha, count_m2, non_negative),
+            weight_decay=resolve(
+                "weight_decay", self.weight_decay, count, non_negative
+            ),
             _decay1=Decay.of(complement1),
             _decay2=Decay.of(complement2),
-            _decay3=Decay.of(complement3),
+            _decay3=decay3,
             _bias1=bias_factor(complement1, t),
             _bias2=bias_factor(complement2, t),
-            _eps=resolve("eps", self.eps, count),
-            _eps_root=resolve("eps_root", self.eps_root, count),
+            _m2_weight=self._weight_of_m2(state, decay3),
+            _eps=resolve("eps", self.eps, count, non_negative),
+            _eps_root=resolve("eps_root", self.eps_root, count, non_negative),
         )
+
+    def _weight_of_m2(self, state: AdEMAMixState, decay3: Decay) -> Scalar | None:
+        """The weight of all gradients in `m2` after the next step. (One minus the
+        product of the decays, but that product would lose the digits of a small
+        weight.)"""
+        if not self.bias_correct_m2 or state.m2_weight is None:
+            return None
+        weight = state.m2_weight.astype(float)
+        return moving_average(weight, jnp.ones_like(weight), decay3)
 
     @property
     def state_type(self) -> type[AdEMAMixState]:
@@ -144,20 +165,28 @@ class AdEMAMix(AbstractMomentOptimizer[AdEMAMixState, Hyperparams]):
         """Not at a Python `b1=0`, where `m1` would equal the gradient."""
         return not (isinstance(self.b1, float) and self.b1 == 0.0)
 
+    @property
+    def weights(self) -> tuple[str, ...]:
+        return ("m2_weight",) if self.bias_correct_m2 else ()
+
     @no_type_check
     def __init__(
         self,
-        learning_rate: HyperParamLikeOrSchedule,
+        learning_rate: optax.ScalarOrSchedule,
         b1: HyperParamLike = 0.9,
         b2: HyperParamLike = 0.999,
         b3: HyperParamLikeOrSchedule = 0.9999,
         alpha: HyperParamLikeOrSchedule = 5.0,
         eps: HyperParamLike = 1e-8,
         eps_root: HyperParamLike = 0.0,
-        weight_decay: HyperParamLike = 0.0,
+        weight_decay: HyperParamLikeOrSchedule = 0.0,
         weight_decay_mask: FilterSpec = True,
         trainable: FilterSpec = True,
         state_format: StateFormat = StateFormat.float32(),
+        *,
+        bias_correct_m2: bool = False,
+        decoupled_weight_decay: bool = False,
+        learning_rate_scale: Scales = 1.0,
     ):
         r"""**Arguments:**
 
@@ -174,8 +203,9 @@ class AdEMAMix(AbstractMomentOptimizer[AdEMAMixState, Hyperparams]):
         - `eps`: $\epsilon$, at least 0.
         - `eps_root`: $\epsilon_\text{root}$, at least 0. Use a positive number to take
             derivatives through the update. `eps` and `eps_root` must not both be 0.
-        - `weight_decay`: $\lambda$, at least 0. As in AdamW, it is multiplied by the
-            learning rate. Unless it is a Python 0, `update` needs `params`.
+        - `weight_decay`: $\lambda$, at least 0; or a schedule, called with
+            `state.count`. As in PyTorch's AdamW, it is multiplied by the learning rate.
+            Unless it is a Python 0, `update` needs `params`.
         - `weight_decay_mask`: a filter spec that chooses which of the trained arrays
             are decayed: a bool, a tree of bools (shaped like the model, like the
             filtered model, or like a prefix of these), or a callable from one array to
@@ -184,6 +214,19 @@ class AdEMAMix(AbstractMomentOptimizer[AdEMAMixState, Hyperparams]):
             are trained. All others have no state, and their update is `None`.
         - `state_format`: a [`eqx_ademamix.StateFormat`][]: how the moments are stored.
             By default as float32, or as the parameter's own wider type.
+        - `bias_correct_m2`: whether to divide $m_2$ by the sum of the weights of all
+            gradients in it, $1 - \prod_i \beta_3(i)$, so that it is a true average from
+            the first step on. The paper does so in its Figure 2, but not in Algorithm
+            1. The state then keeps that sum, `m2_weight`.
+        - `decoupled_weight_decay`: whether the decay term is $-\lambda(t) \, \theta$,
+            without the learning rate (Loshchilov & Hutter 2019, arXiv:1711.05101,
+            Algorithm 2). To decay the term with the learning rate, give `weight_decay`
+            a schedule of the same shape.
+        - `learning_rate_scale`: a factor of the learning rate, and with it of a coupled
+            weight decay: one number for all parameters, or a tree of them, shaped like
+            the model or like a prefix of it. Each is a number or an array over the
+            first axes of its parameters, for stacked layers. Usually
+            [`eqx_ademamix.path_scales`][]`(model, rules)`.
 
         Schedules are called with the number of steps taken so far (0, 1, 2, ...), as in
         optax. The paper's $t$ is one more.
@@ -202,10 +245,17 @@ class AdEMAMix(AbstractMomentOptimizer[AdEMAMixState, Hyperparams]):
         self.alpha = hyperparam_or_schedule("alpha", alpha, non_negative)
         self.eps = hyperparam("eps", eps, non_negative)
         self.eps_root = hyperparam("eps_root", eps_root, non_negative)
-        self.weight_decay = hyperparam("weight_decay", weight_decay, non_negative)
+        self.weight_decay = hyperparam_or_schedule(
+            "weight_decay", weight_decay, non_negative
+        )
         self.weight_decay_mask = with_python_bools(weight_decay_mask)
         self.trainable = with_python_bools(trainable)
         self.state_format = checked_format(state_format)
+        self.bias_correct_m2 = checked_flag("bias_correct_m2", bias_correct_m2)
+        self.decoupled_weight_decay = checked_flag(
+            "decoupled_weight_decay", decoupled_weight_decay
+        )
+        self.learning_rate_scale = checked_scales(learning_rate_scale)
         check_schedule("b3", self.b3, AlphaSchedule)
         check_schedule("alpha", self.alpha, Beta3Schedule)
         check_eps(self.eps, self.eps_root)

@@ -1,7 +1,8 @@
 """The checks, whose messages name the place.
 
-Everything here reads only structure, shapes and dtypes, so under `jit` it runs once, at
-trace time, and a compiled step pays nothing for it.
+Everything here reads only structure, shapes and dtypes, and the values of counters that
+are not traced. So under `jit` it runs once, at trace time, and a compiled step pays
+nothing for it.
 """
 
 from typing import Any, NoReturn
@@ -113,6 +114,25 @@ def check_counter(name: str, count: object) -> None:
             "expected. A batched state needs `eqx.filter_vmap(update)`. Otherwise, "
             "pass on the state as `init` or the last `update` returned it."
         )
+    _check_alive("state", (jtu.GetAttrKey(name),), count)
+    check_count(f"state.{name}", count)
+
+
+def check_weights(state: AbstractMomentState[Any], used: tuple[str, ...]) -> None:
+    """Checks the scalars that add up weights: those that the optimizer uses are there,
+    and no others."""
+    for name in state.weights:
+        weight = getattr(state, name)
+        if name in used and weight is not None:
+            _check_weight(name, weight)
+        elif name in used or weight is not None:
+            expected = "one" if name in used else "none"
+            raise ValueError(
+                f"state.{name} is {describe(weight)}, but this optimizer keeps "
+                f"{expected}. Was `bias_correct_m2` another one when the state was "
+                "made? Convert the state with `change_state_format(state, optim, "
+                "params)`."
+            )
 
 
 def _check_weight(name: str, weight: object) -> None:
@@ -123,6 +143,42 @@ def _check_weight(name: str, weight: object) -> None:
             "shape () was expected. A batched state needs `eqx.filter_vmap(update)`. "
             "Otherwise, pass on the state as `init` or the last `update` returned it."
         )
+    _check_alive("state", (jtu.GetAttrKey(name),), weight)
+    _check_sum(f"state.{name}", weight)
+
+
+def check_progress(state: AbstractMomentState[Any]) -> None:
+    """Checks the values of the counters and sums of a state, where they are known."""
+    for name in state.counters:
+        check_count(f"state.{name}", getattr(state, name))
+    for name in state.weights:
+        _check_sum(f"state.{name}", getattr(state, name))
+
+
+def check_count(where: str, count: object) -> None:
+    value = _known(count)
+    if value is not None and not value >= 0:
+        raise ValueError(
+            f"{where} is {value}, but a number of steps >= 0 was expected. Pass on the "
+            "state as `init` or the last `update` returned it."
+        )
+
+
+def _check_sum(where: str, total: object) -> None:
+    value = _known(total)
+    if value is not None and not 0 <= value < np.inf:
+        raise ValueError(
+            f"{where} is {value}, but a finite sum of weights >= 0 was expected. Pass "
+            "on the state as `init` or the last `update` returned it."
+        )
+
+
+def _known(x: object) -> float | int | None:
+    """The value of a number or of a 0-d array, unless it is traced."""
+    kinds = (int, float, np.number, np.ndarray, jax.Array)
+    if not isinstance(x, kinds) or isinstance(x, Tracer) or np.shape(x) != ():
+        return None
+    return np.asarray(jax.device_get(x)).item()
 
 
 def check_alive(name: str, tree: PyTree) -> None:
@@ -182,9 +238,9 @@ def check_step(
     names, base = state.names, "params" if has_params else "grads"
     for name in state.counters:
         check_counter(name, getattr(state, name))
-    for name in state.weights:
-        _check_weight(name, getattr(state, name))
     check_alive("state", state)
+    if has_m1:
+        _check_has_m1(state)
     _check_departures(selection, names, base, has_m1)
     for leaf in selection.leaves:
         _check_moments(leaf, names, has_m1)
@@ -194,6 +250,16 @@ def check_step(
         _check_stored(leaf, names, fmt, has_params)
     _check_static("grads", selection.grads, "the optimizer state")
     _check_static(base, selection.trained, "the optimizer state")
+
+
+def _check_has_m1(state: AbstractMomentState[Any]) -> None:
+    m1, m2, _ = state.moments
+    if jtu.tree_leaves(m2) and not jtu.tree_leaves(m1):
+        raise ValueError(
+            "state.m1 has no moments, but this optimizer has a `b1` above 0 and needs "
+            "them. Was the state made by an optimizer with `b1=0`? Pass on the state "
+            "as `init` of this optimizer or the last `update` returned it."
+        )
 
 
 def _check_departures(

@@ -13,7 +13,18 @@ import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
 from ._filters import FilterSpec, as_bools, checked_bool
-from ._paths import Node, Path, children, describe, flatten, is_inexact_shape, is_leaf
+from ._paths import (
+    Node,
+    Path,
+    children,
+    describe,
+    full_path_text,
+    inexact_shapes,
+    is_found,
+    is_inexact_shape,
+    is_leaf,
+    table,
+)
 from ._typing import no_type_check
 
 
@@ -144,16 +155,11 @@ def _chosen(
     flag = None if predicate is None else predicate(path, place.leaf)
     if flag is not None:
         return checked_bool(flag, place.leaf, "predicate at ", place.path)
-    if any(_found(pattern, path) for pattern in exclude):
+    if any(is_found(pattern, path) for pattern in exclude):
         return False
-    if any(_found(pattern, path) for pattern in include):
+    if any(is_found(pattern, path) for pattern in include):
         return True
     return None
-
-
-def _found(pattern: re.Pattern[str], path: str) -> bool:
-    # `^` matches before and after the leading dot of `.layers[0].weight`.
-    return any(re.search(pattern, text) for text in (path, path.removeprefix(".")))
 
 
 def _by_rule(place: _Place, skip_types: type | tuple[type, ...]) -> _Verdict:
@@ -302,14 +308,11 @@ def decay_report(model: PyTree, mask: FilterSpec) -> str:
           .layers[1].bias    (1,)    a bias
         ```
     """
-    arrays = jax.tree.map(lambda x: x if is_inexact_shape(x) else None, model)
-    flat = flatten(arrays)
-    flags = as_bools(mask, flat, "mask")
-    flags = [flag for flag, x in zip(flags, flat.values, strict=True) if x is not None]
+    arrays = inexact_shapes(model)
+    pairs = zip(as_bools(mask, arrays, "mask"), arrays.values, strict=True)
+    flags = [flag for flag, x in pairs if x is not None]
     places = list(_places(model))
-    rows = [_row(place, flag) for place, flag in zip(places, flags, strict=True)]
-    widths = [max((len(row[i]) for row in rows), default=0) for i in (0, 1)]
-    lines = [f"  {a:<{widths[0]}}  {b:<{widths[1]}}  {c}" for a, b, c in rows]
+    lines = table([_row(x, flag) for x, flag in zip(places, flags, strict=True)])
 
     def section(wanted: bool) -> list[str]:
         found = [
@@ -330,4 +333,4 @@ def decay_report(model: PyTree, mask: FilterSpec) -> str:
 def _row(place: _Place, flag: bool) -> tuple[str, str, str]:
     by_rule = _by_rule(place, _NORMS)
     rule = by_rule.rule if by_rule.decayed == flag else f"chosen ({by_rule.rule})"
-    return jtu.keystr(place.path) or "(the tree itself)", str(place.leaf.shape), rule
+    return full_path_text(place.path), str(place.leaf.shape), rule

@@ -1,6 +1,6 @@
 """Filter specs, and the leaves that they select."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import NamedTuple, TypeAlias
 
 import equinox as eqx
@@ -11,6 +11,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
+from ._numerics import clip_magnitude
 from ._paths import (
     Departure,
     Leaves,
@@ -45,41 +46,41 @@ def as_bools(spec: FilterSpec, arrays: Leaves, name: str) -> list[bool]:
     `False` for `None`.
 
     A spec is a bool for a whole subtree, a callable on each array of it, or a node
-    whose children are specs. Where a tree has no arrays, a spec may be anything. So it
-    may be shaped like the whole model or like the filtered one.
+    whose children are specs.
+    """
+    kind = "A mask is a bool, a callable on one array, or a tree of bools"
+    places = zip(by_leaf(spec, arrays, name, kind), *arrays[:2], strict=True)
+    return [x is not None and _as_bool(s, x, name, path) for s, path, x in places]
+
+
+def by_leaf(spec: PyTree, arrays: Leaves, name: str, kind: str) -> list[Node]:
+    """What a prefix tree has for each leaf of a tree of arrays and `None`.
+
+    Where there are no arrays, a prefix tree may be anything. So it may be shaped like
+    the whole model or like the filtered one.
     """
     if is_leaf(spec):
-        specs: Sequence[Node] = [spec] * len(arrays.values)
-    elif structure(spec) == arrays.treedef:
-        specs = [leaf for _, leaf in leaves_with_path(spec)]
-    else:
-        tree = _by_node(spec, arrays.rebuilt(arrays.values), name)
-        return [bool(flag) for _, flag in leaves_with_path(tree)]
-    places = zip(specs, arrays.values, arrays.paths, strict=True)
-    return [x is not None and _as_bool(s, x, name, path) for s, x, path in places]
+        return [spec] * len(arrays.values)
+    if structure(spec) == arrays.treedef:
+        return [leaf for _, leaf in leaves_with_path(spec)]
+    return list(_by_node(spec, arrays.rebuilt(arrays.values), name, kind))
 
 
 def _by_node(
-    spec: FilterSpec, arrays: PyTree, name: str, path: Path = ()
-) -> PyTree[bool | None]:
-    if not jtu.tree_leaves(arrays):
-        return arrays
-    if is_leaf(spec):
-        return jtu.tree_map_with_path(
-            lambda key, x: _as_bool(spec, x, name, path + key), arrays
-        )
+    spec: PyTree, arrays: PyTree, name: str, kind: str, path: Path = ()
+) -> Iterator[Node]:
+    if is_leaf(spec) or not jtu.tree_leaves(arrays):
+        yield from [spec] * len(leaves_with_path(arrays))
+        return
     (specs, spec_def), (subtrees, treedef) = children(spec), children(arrays)
     if is_leaf(arrays) or spec_def != treedef:
         found, expected = contrast(spec, arrays)
         raise ValueError(
             f"{name}{path_text(path)} is {found}, but the parameters have {expected} "
-            "there. A mask is a bool, a callable on one array, or a tree of bools "
-            "shaped like the model or a prefix of it."
+            f"there. {kind} shaped like the model or a prefix of it."
         )
-    pairs = zip(specs, subtrees, strict=True)
-    return treedef.unflatten(
-        _by_node(child, sub, name, path + key) for (_, child), (key, sub) in pairs
-    )
+    for (_, child), (key, subtree) in zip(specs, subtrees, strict=True):
+        yield from _by_node(child, subtree, name, kind, path + key)
 
 
 def _as_bool(spec: Node, array: Array, name: str, path: Path) -> bool:
@@ -188,17 +189,17 @@ def _with_node(departure: Departure, base: Leaves) -> Departure:
     return departure._replace(found=node) if is_other else departure
 
 
-def decayed(mask: FilterSpec, selection: Selection, has_decay: bool) -> list[bool]:
-    """Which leaves are decayed: one bool for each leaf that is trained."""
-    mask = mask if has_decay else False
-    arrays = [leaf.trained for leaf in selection.leaves]
-    flags = as_bools(mask, selection.like._replace(values=arrays), "weight_decay_mask")
-    pairs = zip(flags, arrays, strict=True)
-    return [flag for flag, x in pairs if x is not None]
-
-
 def as_gradient(x: Node) -> Node:
     if getattr(x, "dtype", None) == jax.dtypes.float0:
         return None  # what `jax.grad(..., allow_int=True)` returns for integers
     is_numpy = isinstance(x, (np.ndarray, np.generic))
-    return jnp.asarray(x) if is_numpy else x
+    return jnp.asarray(_in_range(x)) if is_numpy else x
+
+
+def _in_range(x: np.ndarray | np.generic) -> np.ndarray | np.generic:
+    """A NumPy gradient in the range of the widest float that is enabled: a finite
+    number stays finite when it is converted."""
+    widest = jnp.finfo(jnp.result_type(float))
+    if x.dtype.kind not in "fc" or np.finfo(x.dtype).bits <= widest.bits:
+        return x
+    return clip_magnitude(x, float(widest.max), np)

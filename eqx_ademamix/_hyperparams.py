@@ -32,11 +32,15 @@ class Domain(NamedTuple):
 
     contains: Callable[[float], bool]
     text: str
+    is_decay: bool = False
 
 
 finite = Domain(math.isfinite, "a finite number")
 non_negative = Domain(lambda x: 0 <= x < np.inf, "a finite number >= 0")
-decay = Domain(lambda x: 0 <= x < 1, "a number in [0, 1)")
+decay = Domain(lambda x: 0 <= x < 1, "a number in [0, 1)", is_decay=True)
+# A decay that rounds to 1 is legal where a schedule gives its complement, too.
+_rounded_decay = decay._replace(contains=lambda x: 0 <= x <= 1)
+_complement = Domain(lambda x: 0 < x <= 1, "a number in (0, 1]")
 
 
 def wide(x: jax.typing.ArrayLike) -> Array:
@@ -53,7 +57,7 @@ def hyperparam(name: str, given: object, domain: Domain) -> HyperParam:
     """Checks a hyperparameter and converts it to a Python float (static under
     `filter_jit`) or to a 0-d array of the default float (traced)."""
     value = real_scalar(name, given, domain.text)
-    if domain is decay:
+    if domain.is_decay:
         _check_precision(name, value)
     if isinstance(value, Tracer):
         return wide(value)
@@ -61,7 +65,7 @@ def hyperparam(name: str, given: object, domain: Domain) -> HyperParam:
     number, used = _number(value), _number(value, jnp.result_type(float))
     # What matters is the value as it will be used: 1e39 is infinite in float32, and an
     # array 1 - 1e-9 is 1. But a decay that is a Python number is used as `1 - decay`.
-    if not domain.contains(number if domain is decay and not is_array else used):
+    if not domain.contains(number if domain.is_decay and not is_array else used):
         is_rounding = domain.contains(number)
         as_used = f" ({used} in {jnp.result_type(float)})" if is_rounding else ""
         raise ValueError(
@@ -85,26 +89,29 @@ def hyperparam_or_schedule(
     return value if callable(value) else hyperparam(name, value, domain)
 
 
-def resolve(name: str, value: object, count: Array) -> Scalar:
+def resolve(name: str, value: object, count: Array, domain: Domain) -> Scalar:
     """The value of a hyperparameter at a counter: a 0-d array of the widest float."""
-    name, out = _at(name, value, count)
-    return wide(real_scalar(name, out))
+    return wide(_at(name, value, count, domain))
 
 
-def _at(name: str, value: object, count: Array) -> tuple[str, object]:
-    """What a schedule returns, and what to call it in an error."""
-    return (f"{name}(count)", value(count)) if callable(value) else (name, value)
+def _at(name: str, value: object, count: Array, domain: Domain) -> HyperParamLike:
+    """A constant was checked when the optimizer was made. What a schedule returns is
+    checked in the same way now, if it is concrete."""
+    if callable(value):
+        return hyperparam(f"{name}(count)", value(count), domain)
+    if domain.is_decay:
+        _check_precision(name, value)
+    return real_scalar(name, value)
 
 
 def resolve_decay(name: str, value: object, count: Array) -> tuple[Scalar, Scalar]:
     """A decay at a counter, and `1 - decay` from the widest numbers there are:
     cancellation would cost `1 - 0.999999` all but one of its digits in float32."""
-    place, given = _at(name, value, count)
-    _check_precision(place, given)
-    out = real_scalar(place, given)
     complement = getattr(value, "complement", None)
     if complement is not None:
-        return wide(out), resolve(f"{name}.complement", complement, count)
+        rounded = resolve(name, value, count, _rounded_decay)
+        return rounded, resolve(f"{name}.complement", complement, count, _complement)
+    out = _at(name, value, count, decay)
     return wide(out), wide(1.0 - out if isinstance(out, float) else 1.0 - wide(out))
 
 
@@ -239,6 +246,7 @@ class Hyperparams(AbstractHyperparams):
     _decay3: Decay = eqx.field(repr=False)
     _bias1: Scalar = eqx.field(repr=False)  # 1 - b1^t
     _bias2: Scalar = eqx.field(repr=False)  # 1 - b2^t
+    _m2_weight: Scalar | None = eqx.field(repr=False)  # after this step
     _eps: Scalar = eqx.field(repr=False)
     _eps_root: Scalar = eqx.field(repr=False)
 

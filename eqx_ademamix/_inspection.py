@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
-from ._checks import check_alive, check_optimizer
+from ._checks import check_alive, check_count, check_optimizer, check_progress
 from ._hyperparams import AbstractHyperparams, H, public_part
 from ._optimizer import AbstractOptimizer
 from ._paths import (
@@ -19,6 +19,7 @@ from ._paths import (
     Path,
     children,
     describe,
+    full_path_text,
     is_leaf,
     leaves_with_path,
     on_device,
@@ -68,8 +69,8 @@ def hyperparams(optim: AbstractOptimizer[Any], state: PyTree) -> AbstractHyperpa
 
     **Raises:**
 
-    - `ValueError` or `TypeError`: if `optim` is an optax optimizer, or if there is no
-        state of its kind or more than one.
+    - `ValueError` or `TypeError`: if `optim` is an optax optimizer, if there is no
+        state of its kind or more than one, or if it has a negative counter.
 
     !!! Example
 
@@ -229,7 +230,7 @@ def _row(path: Path, moments: Moments[Stored], shown: list[int]) -> tuple[str, .
     size, total = math.prod(shape), state_bytes(moments)
     each = f"{total / size:.2f}" if size else "-"
     kinds = (_kind(moments[i]) for i in shown)
-    return (jtu.keystr(path) or "(the tree itself)", str(shape), *kinds, each)
+    return (full_path_text(path), str(shape), *kinds, each)
 
 
 def _kind(moment: Stored | Struct | None) -> str:
@@ -288,13 +289,18 @@ def find(
                 f"{name}.{scalar} is {describe(value)}, but a scalar was expected. For "
                 "a batch of states, call this function under `eqx.filter_vmap`."
             )
+        if not is_moment_state(found):
+            check_count(f"{name}.{scalar}", value)
+    if is_moment_state(found):
+        check_progress(found)
     return on_device(found)
 
 
 def _scalars(state: Node) -> list[str]:
     """The fields of a state that count steps or add up weights."""
     if isinstance(state, AbstractMomentState):
-        return [*state.counters, *state.weights]
+        names = (*state.counters, *state.weights)
+        return [name for name in names if getattr(state, name) is not None]
     fields = getattr(state, "_fields", ())
     return [name for name in ("count", "count_m2", "t") if name in fields]
 
@@ -377,7 +383,12 @@ def _is_injection(x: Node) -> bool:
 
 
 # The fields of an optimizer that are not numbers.
-_NOT_INJECTED = ("weight_decay_mask", "trainable", "state_format")
+_NOT_INJECTED = (
+    "weight_decay_mask",
+    "trainable",
+    "state_format",
+    "learning_rate_scale",
+)
 
 
 def _as_injected(

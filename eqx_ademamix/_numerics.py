@@ -61,7 +61,7 @@ def in_type_of(like: Array, x: Array) -> Array:
     """`x` in the dtype of another array of its shape, and weakly typed if that is.
     Otherwise adding it would change a parameter's type, and the next step would compile
     again."""
-    x = x.astype(like.dtype)
+    x = rounded(x, like.dtype)
     return jnp.zeros_like(like).at[...].set(x) if like.weak_type else x
 
 
@@ -80,7 +80,9 @@ def rounded(value: Array, dtype: DType) -> Array:
 #
 
 
-def times(factor: Float[Array, ""], x: Inexact[Array, "..."]) -> Inexact[Array, "..."]:
+def times(
+    factor: Float[Array, "..."], x: Inexact[Array, "..."]
+) -> Inexact[Array, "..."]:
     """`factor * x`."""
     return _componentwise(lambda part: factor * part, x)
 
@@ -115,6 +117,45 @@ def power(x: Inexact[Array, "..."], order: int | float) -> Inexact[Array, "..."]
 def norm_power(x: Inexact[Array, "..."], order: int | float) -> Float[Array, "..."]:
     """$|x|^n$, real."""
     return abs_squared(x) if order == 2 else jnp.abs(x) ** order
+
+
+#
+# The range of floating-point numbers
+#
+
+
+def largest_gradient(*kept: DType) -> float:
+    """The largest magnitude of a gradient whose square and whose averages, kept in
+    these dtypes, are finite. It is a little below the square root of the largest
+    number, so that rounding an average of such squares does not overflow."""
+    narrowest = min(map(compute_dtype, kept), key=lambda dtype: dtype.itemsize)
+    return 0.99 * math.sqrt(float(jnp.finfo(narrowest).max))
+
+
+def clip_magnitude(x: Any, bound: float, xp: Any = jnp) -> Any:
+    """A real or complex array with its magnitudes clipped to a bound. Infinities and
+    NaNs pass unchanged. `xp` is the module of the array, NumPy or `jax.numpy`."""
+    if not xp.iscomplexobj(x):
+        return xp.where(xp.isinf(x), x, xp.clip(x, -bound, bound))
+    # The magnitude itself may overflow, so it is `scale * norm`, and `norm` is at least
+    # 1 and at most the square root of 2.
+    largest = xp.maximum(xp.abs(x.real), xp.abs(x.imag))
+    is_large = xp.isfinite(largest) & (largest > bound / 2)
+    scale = xp.where(is_large, largest, xp.ones_like(largest))
+    parts = xp.where(is_large, x, xp.ones_like(x))
+    real, imag = parts.real / scale, parts.imag / scale
+    clipped = bound / xp.sqrt(real * real + imag * imag)
+    is_clipped = is_large & (scale > clipped)
+    real = xp.where(is_clipped, clipped * real, x.real)
+    imag = xp.where(is_clipped, clipped * imag, x.imag)
+    return lax.complex(real, imag) if xp is jnp else real + 1j * imag
+
+
+def saturated(x: Inexact[Array, "..."]) -> Inexact[Array, "..."]:
+    """`x` with the largest finite number in place of an infinite one: an overflow times
+    a learning rate of 0 would be a NaN. A NaN stays one."""
+    bound = float(jnp.finfo(x.dtype).max)
+    return _componentwise(lambda part: jnp.clip(part, -bound, bound), x)
 
 
 #

@@ -83,6 +83,15 @@ def flatten(tree: PyTree) -> Leaves:
     return Leaves([path for path, _ in pairs], [x for _, x in pairs], treedef)
 
 
+def inexact_shapes(model: PyTree) -> Leaves:
+    """The inexact arrays of a model, or `jax.ShapeDtypeStruct`s of them, and `None`
+    elsewhere."""
+    tree = flatten(model)
+    return tree._replace(
+        values=[x if is_inexact_shape(x) else None for x in tree.values]
+    )
+
+
 def leaves_with_path(tree: PyTree) -> list[tuple[Path, Node]]:
     """All leaves of a tree with their paths, including `None` and encoded moments."""
     return jtu.tree_flatten_with_path(tree, is_leaf=is_entry)[0]
@@ -155,6 +164,17 @@ def path_text(path: Path) -> str:
     return shortened(jtu.keystr(path), 160)
 
 
+def full_path_text(path: Path) -> str:
+    """A path as reports print it."""
+    return jtu.keystr(path) or "(the tree itself)"
+
+
+def is_found(pattern: re.Pattern[str], path: str) -> bool:
+    """Whether a pattern is in the text of a path. `^` matches before and after the
+    leading dot of `.layers[0].weight`."""
+    return any(re.search(pattern, text) for text in (path, path.removeprefix(".")))
+
+
 def shortened(text: str, length: int) -> str:
     half = length // 2
     return text if len(text) <= length else f"{text[:half]}...{text[-half:]}"
@@ -200,6 +220,14 @@ def contrast(found: Node, expected: Node) -> tuple[str, str]:
     if sizes[0] != sizes[1]:
         return f"{describe(found)} with {sizes[0]} children", f"one with {sizes[1]}"
     return describe(found), "one with other static fields"
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table, indented by two. The last column is not padded."""
+    columns = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    widths = [*columns[:-1], 0]
+    pairs = [zip(row, widths, strict=True) for row in rows]
+    return ["  " + "  ".join(x.ljust(width) for x, width in row) for row in pairs]
 
 
 def with_article(noun: str) -> str:

@@ -8,6 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Shaped
 
 from ._hyperparams import (
@@ -17,6 +18,7 @@ from ._hyperparams import (
     decay_complement,
     finite,
     hyperparam,
+    is_zero,
     non_negative,
     wide,
 )
@@ -155,7 +157,8 @@ def alpha_scheduler(
 
     **Raises:**
 
-    - `ValueError`: for values out of range.
+    - `ValueError`: for values out of range, and for a start above the end without a
+        warm-up.
 
     !!! Example
 
@@ -166,12 +169,14 @@ def alpha_scheduler(
         assert schedule(250) == 2.0
         ```
     """
-    return AlphaSchedule(
+    schedule = AlphaSchedule(
         alpha=hyperparam("alpha", alpha, non_negative),
         alpha_start=hyperparam("alpha_start", alpha_start, non_negative),
         warmup=hyperparam("warmup", warmup, non_negative),
         offset=hyperparam("offset", offset, finite),
     )
+    _check_start("alpha_start", schedule.alpha_start, schedule.alpha, schedule.warmup)
+    return schedule
 
 
 @no_type_check
@@ -211,7 +216,8 @@ def beta3_scheduler(
 
     **Raises:**
 
-    - `ValueError`: for values out of range.
+    - `ValueError`: for values out of range, and for a start above the end without a
+        warm-up.
 
     !!! Example
 
@@ -222,9 +228,24 @@ def beta3_scheduler(
         assert abs(schedule(1000) - 0.9795986695231871) < 2e-7
         ```
     """
-    return Beta3Schedule(
+    schedule = Beta3Schedule(
         beta_end=hyperparam("beta_end", beta_end, decay),
         beta_start=hyperparam("beta_start", beta_start, decay),
         warmup=hyperparam("warmup", warmup, non_negative),
         offset=hyperparam("offset", offset, finite),
     )
+    _check_start("beta_start", schedule.beta_start, schedule.beta_end, schedule.warmup)
+    return schedule
+
+
+def _check_start(
+    name: str, start: HyperParam, end: HyperParam, warmup: HyperParam
+) -> None:
+    if any(isinstance(x, Tracer) for x in (start, end, warmup)):
+        return
+    if is_zero(warmup) and float(start) > float(end):
+        raise ValueError(
+            f"`{name}` is {float(start):g}, above the final value {float(end):g}, but "
+            "without a warm-up it has no effect. Was the length of the warm-up meant? "
+            "Pass that as `warmup=...`."
+        )

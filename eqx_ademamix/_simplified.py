@@ -4,6 +4,7 @@
 
 import equinox as eqx
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array
 
 from ._filters import FilterSpec, with_python_bools
@@ -25,6 +26,7 @@ from ._hyperparams import (
     resolve,
     resolve_decay,
 )
+from ._learning_rate_scale import Scales, checked_scales
 from ._numerics import (
     Decay,
     abs_squared,
@@ -92,12 +94,14 @@ class SimplifiedAdEMAMix(
     alpha: HyperParamOrSchedule
     eps: HyperParam
     eps_root: HyperParam
-    weight_decay: HyperParam
+    weight_decay: HyperParamOrSchedule
     weight_decay_mask: FilterSpec
     trainable: FilterSpec
     state_format: StateFormat
     bias_correct_m1: bool = eqx.field(static=True)
     normalize: bool = eqx.field(static=True)
+    decoupled_weight_decay: bool = eqx.field(static=True)
+    learning_rate_scale: Scales
 
     @staticmethod
     def averages(
@@ -124,22 +128,24 @@ class SimplifiedAdEMAMix(
         b2, complement2 = resolve_decay("b2", self.b2, count)
         decay1, num = Decay.of(complement1), state.num.astype(float)
         num = moving_sum(num, jnp.ones_like(num), decay1)
-        alpha = resolve("alpha", self.alpha, count)
+        alpha = resolve("alpha", self.alpha, count, non_negative)
         divisor = num if self.bias_correct_m1 else jnp.ones_like(num)
         divisor = num + alpha if self.normalize else divisor
         return SimplifiedHyperparams(
-            learning_rate=resolve("learning_rate", self.learning_rate, count),
+            learning_rate=resolve("learning_rate", self.learning_rate, count, finite),
             b1=b1,
             b2=b2,
             alpha=alpha,
-            weight_decay=resolve("weight_decay", self.weight_decay, count),
+            weight_decay=resolve(
+                "weight_decay", self.weight_decay, count, non_negative
+            ),
             _decay1=decay1,
             _decay2=Decay.of(complement2),
             _bias2=bias_factor(complement2, count.astype(float) + 1.0),
             _num=num,
             _divisor=divisor,
-            _eps=resolve("eps", self.eps, count),
-            _eps_root=resolve("eps_root", self.eps_root, count),
+            _eps=resolve("eps", self.eps, count, non_negative),
+            _eps_root=resolve("eps_root", self.eps_root, count, non_negative),
         )
 
     @property
@@ -150,22 +156,28 @@ class SimplifiedAdEMAMix(
     def has_m1(self) -> bool:
         return False
 
+    @property
+    def weights(self) -> tuple[str, ...]:
+        return ("num",)
+
     @no_type_check
     def __init__(
         self,
-        learning_rate: HyperParamLikeOrSchedule,
+        learning_rate: optax.ScalarOrSchedule,
         b1: HyperParamLikeOrSchedule = 0.99,
         b2: HyperParamLike = 0.95,
         alpha: HyperParamLikeOrSchedule = 0.0,
         eps: HyperParamLike = 1e-8,
         eps_root: HyperParamLike = 0.0,
-        weight_decay: HyperParamLike = 0.0,
+        weight_decay: HyperParamLikeOrSchedule = 0.0,
         weight_decay_mask: FilterSpec = True,
         trainable: FilterSpec = True,
         state_format: StateFormat = StateFormat.float32(),
         *,
         bias_correct_m1: bool = False,
         normalize: bool = False,
+        decoupled_weight_decay: bool = False,
+        learning_rate_scale: Scales = 1.0,
     ):
         r"""**Arguments:** those of [`eqx_ademamix.AdEMAMix`][], except:
 
@@ -187,12 +199,18 @@ class SimplifiedAdEMAMix(
         self.alpha = hyperparam_or_schedule("alpha", alpha, non_negative)
         self.eps = hyperparam("eps", eps, non_negative)
         self.eps_root = hyperparam("eps_root", eps_root, non_negative)
-        self.weight_decay = hyperparam("weight_decay", weight_decay, non_negative)
+        self.weight_decay = hyperparam_or_schedule(
+            "weight_decay", weight_decay, non_negative
+        )
         self.weight_decay_mask = with_python_bools(weight_decay_mask)
         self.trainable = with_python_bools(trainable)
         self.state_format = checked_format(state_format)
         self.bias_correct_m1 = checked_flag("bias_correct_m1", bias_correct_m1)
         self.normalize = checked_flag("normalize", normalize)
+        self.decoupled_weight_decay = checked_flag(
+            "decoupled_weight_decay", decoupled_weight_decay
+        )
+        self.learning_rate_scale = checked_scales(learning_rate_scale)
         check_schedule("b1", self.b1, AlphaSchedule)
         check_schedule("alpha", self.alpha, Beta3Schedule)
         check_eps(self.eps, self.eps_root)

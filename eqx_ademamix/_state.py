@@ -43,8 +43,11 @@ class AbstractMomentState(eqx.Module, Generic[H]):
 
     @classmethod
     @abc.abstractmethod
-    def start(cls, moments: Moments[PyTree]) -> Any:  # beartype cannot check `Self`
-        """The state before the first step, from moments of zeros."""
+    def start(
+        cls, moments: Moments[PyTree], weights: tuple[str, ...]
+    ) -> Any:  # beartype cannot check `Self`
+        """The state before the first step, from moments of zeros. `weights` are those
+        of the state's weights that the optimizer uses."""
 
     @abc.abstractmethod
     def after(self, moments: Moments[PyTree], h: H) -> Any:
@@ -69,17 +72,20 @@ class AdEMAMixState(AbstractMomentState[Hyperparams]):
     - `m2`: the slow average of the gradients, shaped like `m1`.
     - `nu`: the average of the squared magnitudes of the gradients, shaped like `m1`,
         real.
+    - `m2_weight`: with `bias_correct_m2`, the sum of the weights of all gradients in
+        `m2`, $1 - \prod_i \beta_3(i)$, a scalar of the default float. Otherwise `None`.
     """
 
     names: ClassVar[Moments[str]] = Moments("m1", "m2", "nu")
     counters: ClassVar[tuple[str, ...]] = ("count", "count_m2")
-    weights: ClassVar[tuple[str, ...]] = ()
+    weights: ClassVar[tuple[str, ...]] = ("m2_weight",)
 
     count: Int32[Array, ""]
     count_m2: Int32[Array, ""]
     m1: PyTree[None] | MomentTree
     m2: MomentTree
     nu: SquareTree
+    m2_weight: Float[Array, ""] | None
 
     @no_type_check
     def __init__(
@@ -89,6 +95,7 @@ class AdEMAMixState(AbstractMomentState[Hyperparams]):
         m1: PyTree[None] | MomentTree,
         m2: MomentTree,
         nu: SquareTree,
+        m2_weight: Float[Array, ""] | None = None,
     ):
         """**Arguments:** as the attributes.
 
@@ -97,23 +104,30 @@ class AdEMAMixState(AbstractMomentState[Hyperparams]):
         - `jaxtyping.TypeCheckError`: if the trees do not agree in structure, or their
             arrays in shape.
         """
-        _check_counters(count, count_m2)
+        _check_scalars(count, count_m2, m2_weight)
         check_trees(m2, nu, m1)
         self.count, self.count_m2 = count, count_m2
         self.m1, self.m2, self.nu = m1, m2, nu
+        self.m2_weight = m2_weight
 
     @property
     def moments(self) -> Moments[PyTree]:
         return Moments(self.m1, self.m2, self.nu)
 
     @classmethod
-    def start(cls, moments: Moments[PyTree]) -> "AdEMAMixState":
+    def start(
+        cls, moments: Moments[PyTree], weights: tuple[str, ...]
+    ) -> "AdEMAMixState":
         zero = lambda: jnp.zeros((), jnp.int32)  # two buffers, so both can be donated
-        return cls(zero(), zero(), *moments)
+        weight = jnp.zeros((), float) if "m2_weight" in weights else None
+        return cls(zero(), zero(), *moments, weight)
 
     def after(self, moments: Moments[PyTree], h: Hyperparams) -> "AdEMAMixState":
         counts = next_count(self.count), next_count(self.count_m2)
-        return AdEMAMixState(*counts, *moments)
+        old, weight = self.m2_weight, h._m2_weight
+        if old is not None and weight is not None:
+            weight = weight.astype(old.dtype)
+        return AdEMAMixState(*counts, *moments, weight)
 
 
 class SimplifiedAdEMAMixState(AbstractMomentState[SimplifiedHyperparams]):
@@ -165,7 +179,9 @@ class SimplifiedAdEMAMixState(AbstractMomentState[SimplifiedHyperparams]):
         return Moments(None, self.m, self.nu)
 
     @classmethod
-    def start(cls, moments: Moments[PyTree]) -> "SimplifiedAdEMAMixState":
+    def start(
+        cls, moments: Moments[PyTree], weights: tuple[str, ...]
+    ) -> "SimplifiedAdEMAMixState":
         zeros = jnp.zeros((), jnp.int32), jnp.zeros((), float)
         return cls(*zeros, moments.m2, moments.nu)
 
@@ -187,7 +203,11 @@ def next_count(count: Int32[Array, ""]) -> Int32[Array, ""]:
 
 
 @jaxtyped(typechecker=beartype)
-def _check_counters(count: Int32[Array, ""], count_m2: Int32[Array, ""]) -> None: ...
+def _check_scalars(
+    count: Int32[Array, ""],
+    count_m2: Int32[Array, ""],
+    m2_weight: Float[Array, ""] | None,
+) -> None: ...
 
 
 @jaxtyped(typechecker=beartype)

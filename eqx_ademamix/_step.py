@@ -1,9 +1,10 @@
 """The step that all optimizers share: select, check, resolve, apply, rebuild."""
 
 import abc
+import enum
 import functools as ft
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Generic, TypeAlias
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeAlias
 
 import equinox as eqx
 import jax
@@ -18,28 +19,32 @@ from ._checks import (
     check_params_given,
     check_state_type,
     check_step,
+    check_weights,
 )
 from ._filters import (
     FilterSpec,
     Selection,
     as_bools,
-    decayed,
     select,
     trained_arrays,
 )
 from ._hyperparams import (
     AbstractHyperparams,
     H,
-    HyperParam,
     HyperParamOrSchedule,
+    Scalar,
     in_dtype,
 )
+from ._learning_rate_scale import Scales, as_scales
 from ._numerics import (
     DType,
     as_array,
     cast,
+    clip_magnitude,
     compute_dtype,
     in_type_of,
+    largest_gradient,
+    saturated,
     text_hash,
     times,
 )
@@ -49,6 +54,14 @@ from ._state import AbstractMomentState, S
 from ._storage.codec import Encoded, Stored, Struct, decode, store
 from ._storage.format import Moments, StateFormat, zeros
 from ._typing import no_type_check
+
+
+class WeightDecay(enum.Enum):
+    """How the decay of a leaf enters its update."""
+
+    none = enum.auto()
+    coupled = enum.auto()  # to the learning rate
+    decoupled = enum.auto()
 
 
 # The counter, and a hash of the leaf's path.
@@ -63,10 +76,12 @@ class AbstractMomentOptimizer(AbstractOptimizer[S], Generic[S, H]):
     """
 
     learning_rate: eqx.AbstractVar[HyperParamOrSchedule]
-    weight_decay: eqx.AbstractVar[HyperParam]
+    weight_decay: eqx.AbstractVar[HyperParamOrSchedule]
     weight_decay_mask: eqx.AbstractVar[FilterSpec]
     trainable: eqx.AbstractVar[FilterSpec]
     state_format: eqx.AbstractVar[StateFormat]
+    decoupled_weight_decay: eqx.AbstractVar[bool]
+    learning_rate_scale: eqx.AbstractVar[Scales]
 
     @property
     @abc.abstractmethod
@@ -77,6 +92,11 @@ class AbstractMomentOptimizer(AbstractOptimizer[S], Generic[S, H]):
     @abc.abstractmethod
     def has_m1(self) -> bool:
         """Whether the state has `m1`."""
+
+    @property
+    @abc.abstractmethod
+    def weights(self) -> tuple[str, ...]:
+        """Those of the state's weights that this optimizer keeps."""
 
     @abc.abstractmethod
     def resolve(self, state: S) -> H:
@@ -98,9 +118,10 @@ class AbstractMomentOptimizer(AbstractOptimizer[S], Generic[S, H]):
         trained = trained_arrays(self.trainable, flatten(params), or_structs=True)
         check_not_empty(params, trained)
         as_bools(self.weight_decay_mask, trained, "weight_decay_mask")
+        as_scales(self.learning_rate_scale, trained, "learning_rate_scale")
         arrays = [x for x in trained.values if x is not None]
         blank = [_zeros(self.state_format, x, self.has_m1) for x in arrays]
-        return self.state_type.start(_rebuilt(trained, blank))
+        return self.state_type.start(_rebuilt(trained, blank), self.weights)
 
     @no_type_check
     def update(
@@ -119,12 +140,13 @@ class AbstractMomentOptimizer(AbstractOptimizer[S], Generic[S, H]):
         selection = select(self.trainable, grads, state.moments, params)
         # 2. Check
         fmt, has_params = self.state_format, params is not None
+        check_weights(state, self.weights)
         check_step(selection, state, fmt, has_m1=self.has_m1, has_params=has_params)
         # 3. Resolve
         h = self.resolve(state)
-        is_decayed = decayed(self.weight_decay_mask, selection, self.has_decay)
+        plans = _plans(self, selection)
         # 4. Apply
-        leaves = _apply(type(self), state, selection, is_decayed, h, has_params)
+        leaves = _apply(type(self), state, selection, plans, h, has_params)
         # 5. Rebuild
         like = selection.like
         updates = like.rebuilt(_spread([update for update, _ in leaves], like))
@@ -164,11 +186,41 @@ def _spread(values: Sequence[Stored | None], like: Leaves) -> list[Stored | None
     return [None if x is None else next(rest) for x in like.values]
 
 
+class Plan(NamedTuple):
+    """What distinguishes the step on one leaf from that on another."""
+
+    decay: WeightDecay
+    scale: float | Array | None  # of the learning rate; `None` is 1
+
+
+def _plans(
+    optim: AbstractMomentOptimizer[Any, Any], selection: Selection
+) -> list[Plan]:
+    """One plan for each leaf that is trained."""
+    arrays = [leaf.trained for leaf in selection.leaves]
+    trained = selection.like._replace(values=arrays)
+    mask = optim.weight_decay_mask if optim.has_decay else False
+    flags = as_bools(mask, trained, "weight_decay_mask")
+    scales = as_scales(optim.learning_rate_scale, trained, "learning_rate_scale")
+    kind = (
+        WeightDecay.decoupled if optim.decoupled_weight_decay else WeightDecay.coupled
+    )
+    return [
+        Plan(kind if flag else WeightDecay.none, None if _is_one(scale) else scale)
+        for flag, scale, x in zip(flags, scales, arrays, strict=True)
+        if x is not None
+    ]
+
+
+def _is_one(scale: float | Array | None) -> bool:
+    return isinstance(scale, float) and scale == 1.0
+
+
 def _apply(
     rule: Rule,
     state: AbstractMomentState[Any],
     selection: Selection,
-    is_decayed: list[bool],
+    plans: list[Plan],
     h: AbstractHyperparams,
     has_params: bool,
 ) -> list[tuple[Array, Moments[Stored]]]:
@@ -176,13 +228,15 @@ def _apply(
     scalars = ft.cache(ft.partial(in_dtype, h))
     leaves = [leaf for leaf in selection.leaves if leaf.trained is not None]
     stepped: list[tuple[Array, Moments[Stored]]] = []
-    for leaf, flag in zip(leaves, is_decayed, strict=True):
+    for leaf, (decay, scale) in zip(leaves, plans, strict=True):
         g, (m1, m2, nu) = leaf.grad, leaf.moments
         p = leaf.trained if has_params else None
         real = compute_dtype(*(x.dtype for x in (g, p, m2, nu) if x is not None))
         key = state.count, np.uint32(text_hash(jtu.keystr(leaf.path)))
-        args = g, m2, nu, m1, p, scalars(real), key
-        stepped.append(_leaf_step(rule, state.names, flag, *args))
+        if isinstance(scale, float):
+            scale = np.asarray(scale, real)  # traced: a new number compiles nothing
+        args = g, m2, nu, m1, p, scale, scalars(real), key
+        stepped.append(_leaf_step(rule, state.names, decay, *args))
     return stepped
 
 
@@ -191,12 +245,13 @@ def _apply(
 def _leaf_step(
     rule: Rule,
     names: Moments[str],
-    is_decayed: bool,
+    decay: WeightDecay,
     g: Inexact[Array, "*leaf"],
     m2: Inexact[Array | Encoded, "*leaf"],
     nu: Float[Array | Encoded, "*leaf"],
     m1: Inexact[Array | Encoded, "*leaf"] | None,
     p: Inexact[Array, "*leaf"] | None,
+    scale: Float[Array, "..."] | None,
     h: AbstractHyperparams,
     key: Key,
 ) -> tuple[Inexact[Array, "*leaf"], Moments[Stored]]:
@@ -204,13 +259,29 @@ def _leaf_step(
     leaves of one type are traced, lowered and type-checked once."""
     old = Moments(m1, m2, nu)
     real, like = h.learning_rate.dtype, g if p is None else p
-    g = cast(g, real)
+    kept = [x.dtype for x in old if x is not None]
+    g = clip_magnitude(cast(g, real), largest_gradient(*kept))
     averages = rule.averages(g, _decoded(old, real), h)
     averages, stored = _stored(averages, old, names, key)
-    u = rule.direction(g, averages, h)
-    if is_decayed and p is not None:
-        u = u + times(h.weight_decay, cast(p, real))
-    return in_type_of(like, times(-h.learning_rate, u)), stored
+    u = saturated(rule.direction(g, averages, h))
+    rate = _rate(h.learning_rate, scale, g.ndim)
+    if decay is WeightDecay.none or p is None:
+        update = times(-rate, u)
+    elif decay is WeightDecay.coupled:
+        update = times(-rate, saturated(u + times(h.weight_decay, cast(p, real))))
+    else:
+        update = times(-rate, u) - saturated(times(h.weight_decay, cast(p, real)))
+    return in_type_of(like, saturated(update)), stored
+
+
+def _rate(
+    learning_rate: Scalar, scale: Float[Array, "..."] | None, ndim: int
+) -> Float[Array, "..."]:
+    """The learning rate of one leaf. A scale may have the leaf's first axes."""
+    if scale is None:
+        return learning_rate
+    scale = scale.astype(learning_rate.dtype)
+    return learning_rate * scale.reshape(scale.shape + (1,) * (ndim - scale.ndim))
 
 
 def _decoded(old: Moments[Stored], real: DType) -> Moments[Array]:

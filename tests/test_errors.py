@@ -25,6 +25,8 @@ from eqx_ademamix import (
     decay_mask,
     hyperparams,
     init,
+    learning_rate_report,
+    path_scales,
     update,
 )
 
@@ -35,6 +37,7 @@ from .helpers import loss_of_arrays, make_mlp
 MODEL = make_mlp()
 GRADS = eqx.filter_grad(loss_of_arrays)(MODEL)
 OPTIM = AdEMAMix(1e-3)
+ADAM = optax.adam(1e-3)
 STATE = init(OPTIM, MODEL)
 DECAYING = AdEMAMix(1e-3, weight_decay=0.1, weight_decay_mask=decay_mask(MODEL))
 SWAPPED = eqx.nn.MLP(3, 2, 5, 2, key=jax.random.key(1))  # another width
@@ -48,6 +51,20 @@ SIMPLIFIED = SimplifiedAdEMAMix(1e-3)
 
 COMPACT = AdEMAMix(1e-3, state_format=helpers.COMPACT)
 COMPACT_STATE = init(COMPACT, MODEL)
+
+
+def stepped(**fields: Any) -> Any:
+    return update(AdEMAMix(**{"learning_rate": 1e-3, **fields}), GRADS, STATE, MODEL)
+
+
+class Complement(eqx.Module):
+    """A schedule of `b3` whose complement is out of range."""
+
+    def __call__(self, count: Any) -> float:
+        return 0.5
+
+    def complement(self, count: Any) -> float:
+        return 0.0
 
 
 class Untupled(AbstractCodec):
@@ -95,6 +112,13 @@ def state(where: Any, value: Any) -> Any:
     return lambda: update(OPTIM, GRADS, put(STATE, where, value), MODEL)
 
 
+NEGATIVE = put(STATE, lambda s: s.count, jnp.asarray(-5))
+
+
+def simplified_state(num: float) -> Any:
+    return put(init(SIMPLIFIED, MODEL), lambda s: s.num, jnp.asarray(num))
+
+
 def params(value: Any) -> Any:
     return lambda: update(OPTIM, GRADS, STATE, value)
 
@@ -105,6 +129,14 @@ def make(*args: Any, **kwargs: Any) -> Any:
 
 def masked(mask: Any, params: Any = MODEL) -> Any:
     return lambda: init(AdEMAMix(1e-3, weight_decay_mask=mask), params)
+
+
+def scaled(scales: Any, params: Any = MODEL) -> Any:
+    return lambda: learning_rate_report(params, scales)
+
+
+def ruled(rules: Any, params: Any = MODEL) -> Any:
+    return lambda: path_scales(params, rules)
 
 
 def frozen(spec: Any) -> Any:
@@ -254,20 +286,67 @@ CASES = (
     (
         "optimizer last",
         lambda: update(GRADS, STATE, OPTIM),
-        "`optim` is an `MLP`, but an optimizer of this package",
+        "`optim` is an `MLP`, but an optimizer of this package or of optax was expected",
     ),
     (
         "optax's optimizer",
-        lambda: init(optax.adam(1e-3), MODEL),
-        "`optim` is a `GradientTransformation",
+        lambda: init(optax.adam, MODEL),
+        "`optim` is the function `adam`, but an optimizer of this package or of optax",
+    ),
+    (
+        "an object without update",
+        lambda: update(eqx.nn.Identity(), GRADS, STATE, MODEL),
+        "`optim` is an `Identity`, but an optimizer of this package or of optax",
+    ),
+    (
+        "None for optax",
+        lambda: update(ADAM, put(GRADS, W0, None), init(ADAM, MODEL), MODEL),
+        r"grads\.layers\[0\]\.weight is None, but `params` has a float32 array of shape \(4, 3\) there, "
+        r"and an optax optimizer trains every array",
+    ),
+    (
+        "another shape for optax",
+        lambda: update(ADAM, put(GRADS, W0, jnp.ones(3)), init(ADAM, MODEL), MODEL),
+        r"grads\.layers\[0\]\.weight is a float32 array of shape \(3,\), "
+        r"but `params` has a float32 array of shape \(4, 3\) there. Take the gradients",
+    ),
+    (
+        "another model for optax",
+        lambda: update(ADAM, GRADS, init(ADAM, DEEPER), DEEPER),
+        r"grads\.layers is a tuple of length 3, but `params` has a tuple of length 4",
+    ),
+    (
+        "the frozen part for optax",
+        lambda: update(ADAM, GRADS, init(ADAM, MODEL), put(MODEL, W0, None)),
+        r"grads\.layers\[0\]\.weight is a float32 array of shape \(4, 3\), but `params` has None",
+    ),
+    (
+        "the model as gradients for optax",
+        lambda: update(ADAM, MODEL, init(ADAM, MODEL), MODEL),
+        r"grads\.activation is the function `relu`, but a gradient is an array",
+    ),
+    (
+        "nothing to train for optax",
+        lambda: init(ADAM, {"a": 1.0, "b": "name"}),
+        "`params` has 2 leaves, but none of them is a floating-point or complex array",
     ),
     (
         "model first",
         lambda: init(MODEL, OPTIM),
         "`optim` is an `MLP`, "
-        "but an optimizer of this package was expected. Check the order of the arguments",
+        "but an optimizer of this package or of optax was expected, .* Check the order",
     ),
     # the state
+    (
+        "without m2_weight",
+        lambda: update(AdEMAMix(1, bias_correct_m2=True), GRADS, STATE, MODEL),
+        r"state\.m2_weight is None, but this optimizer keeps one. Was `bias_correct_m2`",
+    ),
+    (
+        "with m2_weight",
+        lambda: update(OPTIM, GRADS, init(AdEMAMix(1, bias_correct_m2=True), MODEL)),
+        r"state\.m2_weight is a float32 array of shape \(\), but this optimizer keeps none",
+    ),
     (
         "of another model",
         lambda: update(OPTIM, GRADS, init(OPTIM, SWAPPED), MODEL),
@@ -291,7 +370,7 @@ CASES = (
     (
         "of b1=0",
         lambda: update(OPTIM, GRADS, init(AdEMAMix(1, b1=0), MODEL), MODEL),
-        r"state\.m1\.layers\[0\]\.weight is None, but state\.m2 has a float32 array",
+        r"state\.m1 has no moments, but this optimizer has a `b1` above 0",
     ),
     (
         "for b1=0",
@@ -369,6 +448,51 @@ CASES = (
         state(lambda s: s.count, jnp.asarray(1.0)),
         r"state\.count is a float32 array of shape \(\), "
         r"but an int32 array of shape \(\) was expected",
+    ),
+    (
+        "count negative",
+        lambda: update(OPTIM, GRADS, NEGATIVE, MODEL),
+        r"^state\.count is -5, but a number of steps >= 0 was expected\. Pass on the state",
+    ),
+    (
+        "count_m2 negative, of NumPy",
+        state(lambda s: s.count_m2, np.asarray(-1, np.int32)),
+        r"^state\.count_m2 is -1, but a number of steps >= 0",
+    ),
+    (
+        "count negative, hyperparams",
+        lambda: hyperparams(OPTIM, NEGATIVE),
+        r"^state\.count is -5, but a number of steps >= 0",
+    ),
+    (
+        "count negative, in a constant of jit",
+        lambda: jax.jit(lambda: update(OPTIM, GRADS, NEGATIVE, MODEL)[0].layers)(),
+        r"^state\.count is -5, but a number of steps >= 0",
+    ),
+    (
+        "count negative, Compensated",
+        lambda: update(
+            COMPENSATED,
+            GRADS16,
+            put(STATE16, lambda s: s.count, jnp.asarray(-5)),
+            MODEL16,
+        ),
+        r"^state\.count is -5, but a number of steps >= 0",
+    ),
+    (
+        "num negative",
+        lambda: update(SIMPLIFIED, GRADS, simplified_state(-1.0), MODEL),
+        r"^state\.num is -1\.0, but a finite sum of weights >= 0 was expected",
+    ),
+    (
+        "num NaN",
+        lambda: update(SIMPLIFIED, GRADS, simplified_state(np.nan), MODEL),
+        r"^state\.num is nan, but a finite sum of weights >= 0",
+    ),
+    (
+        "num infinite, hyperparams",
+        lambda: hyperparams(SIMPLIFIED, simplified_state(np.inf)),
+        r"^state\.num is inf, but a finite sum of weights >= 0",
     ),
     (
         "batched",
@@ -528,6 +652,115 @@ CASES = (
         frozen(False),
         "`trainable` selects none of the arrays of `params`",
     ),
+    # scales
+    (
+        "scales of another structure",
+        scaled([1.0, 2.0]),
+        "^scales is a list of length 2, but the parameters have an `MLP` there. Scales are a number",
+    ),
+    (
+        "scales too deep",
+        scaled({"w": {"x": 1.0}}, {"w": jnp.ones(2)}),
+        r"scales\['w'\] is a dict with the keys 'x', but the parameters have a float32 array",
+    ),
+    (
+        "no scale for an array",
+        scaled(put(path_scales(MODEL, {}), W0, None)),
+        r"`scales\.layers\[0\]\.weight` is None, but a scale was expected",
+    ),
+    (
+        "a bool as a scale",
+        scaled(put(path_scales(MODEL, {}), W0, True)),
+        r"`scales\.layers\[0\]\.weight` is the bool True, but a scale was expected: a finite real",
+    ),
+    (
+        "a NumPy bool as a scale",
+        scaled(np.bool_(True)),
+        r"`scales` is a bool array of shape \(\), but a scale was expected",
+    ),
+    (
+        "a schedule as a scale",
+        scaled({"w": optax.constant_schedule(1.0)}, {"w": jnp.ones(2)}),
+        r"`scales\['w'\]` is the function `.*`, but a scale was expected",
+    ),
+    (
+        "a scale in quotes",
+        ruled({"bias": "0.5"}),
+        r"`rules\['bias'\]` is the str '0.5', but a scale was expected",
+    ),
+    (
+        "a complex scale",
+        ruled({eqx.nn.Linear: jnp.asarray(1j)}),
+        r"`rules\[Linear\]` is a complex64 array of shape \(\), but a scale was expected",
+    ),
+    (
+        "NaN as a scale",
+        ruled({"bias": np.nan}),
+        r"`rules\['bias'\]` is nan, but a finite number was expected",
+    ),
+    (
+        "infinite in float32",
+        scaled(put(path_scales(MODEL, {}), W0, 1e39)),
+        r"`scales\.layers\[0\]\.weight` is 1e\+39 \(inf in float32\), but a finite",
+    ),
+    (
+        "NaN in an array",
+        scaled([np.asarray([0, np.nan])], [jnp.ones(2)]),
+        r"`scales\[0\]` is a float64 array of shape \(2,\) with NaN or infinite entries in float32",
+    ),
+    (
+        "a scale with another size",
+        scaled(np.ones(3), {"w": jnp.ones((3, 4)), "b": [jnp.ones((2, 3))]}),
+        r"`scales` has shape \(3,\) at \['b'\]\[0\], where the parameter has shape \(2, 3\)",
+    ),
+    (
+        "a scale with too many axes",
+        scaled(np.ones((3, 1)), jnp.ones(3)),
+        r"`scales` has shape \(3, 1\) at \(the tree itself\), where the parameter has shape \(3,\)",
+    ),
+    (
+        "a rule with another size",
+        ruled({"bias": 1, "layers": jnp.ones(4)}),
+        r"`rules\['layers'\]` has shape \(4,\) at \.layers\[2\]\.weight, "
+        r"where the parameter has shape \(2, 4\)",
+    ),
+    (
+        "rules that are not pairs",
+        ruled(["bias", "weight"]),
+        "`rules` is a list of length 2, but a mapping from regular expressions or types",
+    ),
+    ("a rule alone", ruled(0.5), "`rules` is the float 0.5, but a mapping from"),
+    (
+        "a module as a key",
+        ruled([(eqx.nn.Identity(), 0.5)]),
+        r"`rules` has the key Identity\(\), but a regular expression or a type was expected",
+    ),
+    (
+        "a pattern of bytes",
+        ruled({b"bias": 0.5}),
+        r"`rules` has the key b'bias', but a regular expression or a type was expected",
+    ),
+    (
+        "an invalid pattern",
+        ruled({"layers[0": 0.5}),
+        r"`rules` has the key 'layers\[0', which is not a regular expression \(unterminated",
+    ),
+    (
+        "a pattern without its backslash",
+        ruled({"layers[0]": 0.5}),
+        r"`rules\['layers\[0\]'\]` matches none of the model's 6 floating-point or complex arrays: "
+        r"\.layers\[0\]\.weight, \.layers\[0\]\.bias, \.layers\[1\]\.weight, \.\.\.\. Correct the key",
+    ),
+    (
+        "a type that is not there",
+        ruled({eqx.nn.Embedding: 0.5}, {"w": jnp.ones(2), "n": 3}),
+        r"`rules\[Embedding\]` matches none of the model's 1 floating-point or complex arrays: \['w'\]\.",
+    ),
+    (
+        "rules for a model without arrays",
+        ruled({"n": 0.5}, {"n": 3}),
+        r"`rules\['n'\]` matches none of the model's 0 .*: it has none\.",
+    ),
     (
         "nothing trained by callable",
         frozen(lambda x: x.ndim > 5),
@@ -680,6 +913,68 @@ CASES = (
         "format",
         make(1e-3, state_format=jnp.float32),
         "`state_format` is .*, but a `StateFormat` was expected",
+    ),
+    (
+        "b3 of a schedule above 1",
+        lambda: stepped(b3=lambda count: 2.0),
+        r"`b3\(count\)` is 2.0, but a number in \[0, 1\) was expected",
+    ),
+    (
+        "b3 of a schedule 1",
+        lambda: stepped(b3=lambda count: 1),
+        r"`b3\(count\)` is 1.0, but a number in \[0, 1\)",
+    ),
+    (
+        "b3 of a schedule NaN",
+        lambda: stepped(b3=lambda count: np.nan),
+        r"`b3\(count\)` is nan, but a number in \[0, 1\)",
+    ),
+    (
+        "b3 of a schedule, an array",
+        lambda: stepped(b3=lambda count: jnp.asarray(1.5)),
+        r"`b3\(count\)` is 1.5, but a number in \[0, 1\)",
+    ),
+    (
+        "alpha of a schedule negative",
+        lambda: stepped(alpha=lambda count: -5.0),
+        r"`alpha\(count\)` is -5.0, but a finite number >= 0 was expected",
+    ),
+    (
+        "rate of a schedule NaN",
+        lambda: stepped(learning_rate=lambda count: float("nan")),
+        r"`learning_rate\(count\)` is nan, but a finite number was expected",
+    ),
+    (
+        "decay of a schedule negative",
+        lambda: stepped(weight_decay=lambda count: np.float32(-1)),
+        r"`weight_decay\(count\)` is -1.0, but a finite number >= 0",
+    ),
+    (
+        "schedule in a jitted step",
+        lambda: eqx.filter_jit(stepped)(b3=lambda count: 2.0),
+        r"`b3\(count\)` is 2.0, but a number in \[0, 1\)",
+    ),
+    (
+        "b1 of a schedule, simplified",
+        lambda: update(
+            SimplifiedAdEMAMix(1, lambda count: 1.0), GRADS, init(SIMPLIFIED, MODEL)
+        ),
+        r"`b1\(count\)` is 1.0, but a number in \[0, 1\)",
+    ),
+    (
+        "complement of a schedule",
+        lambda: stepped(b3=Complement()),
+        r"`b3.complement\(count\)` is 0.0, but a number in \(0, 1\] was expected",
+    ),
+    (
+        "the warm-up as the start",
+        lambda: eqx_ademamix.alpha_scheduler(5.0, 1000),
+        "`alpha_start` is 1000, above the final value 5, but without a warm-up it has no effect",
+    ),
+    (
+        "a start of b3 without a warm-up",
+        lambda: eqx_ademamix.beta3_scheduler(0.9, 0.99),
+        "`beta_start` is 0.99, above the final value 0.9, but without a warm-up",
     ),
     (
         "format of integers",
@@ -850,7 +1145,7 @@ CASES = (
     (
         "no optimizer",
         lambda: Compensated(1e-3),
-        "`optim` is the float 0.001, but an optimizer with the methods `init` and `update`",
+        "`optim` is the float 0.001, but an optimizer of this package or of optax",
     ),
     (
         "an optimizer's class",
@@ -881,7 +1176,12 @@ CASES = (
     ),
     (
         "cast since, from float32",
-        lambda: update(COMPENSATED, GRADS16, init(COMPENSATED, MODEL), MODEL16),
+        lambda: update(
+            COMPENSATED,
+            GRADS16,
+            init(COMPENSATED, eqx.tree_at(B2, MODEL, B2(MODEL16))),
+            MODEL16,
+        ),
         r"params\.layers\[0\]\.weight has dtype bfloat16, but the state keeps no remainder for it",
     ),
     (
@@ -948,7 +1248,7 @@ CASES = (
             optax.chain(SIMPLIFIED),
             MODEL,
         ),
-        "`optim` is a `GradientTransformationExtraArgs`, but `num` is computed from the `b1` of",
+        "`optim` is a `GradientTransformationExtraArgs`, but `num` is computed from the `b1` of the",
     ),
     (
         "no m1 in another format",
@@ -982,7 +1282,7 @@ CASES = (
     (
         "extend Compensated",
         lambda: eqx_ademamix.extend(COMPENSATED, STATE16, warmup=9),
-        "`optim` is a `Compensated`, which wraps an optimizer",
+        "`optim` is a `Compensated`, but this function supports only an `AdEMAMix`",
     ),
     (
         "bits a float",
@@ -1046,7 +1346,7 @@ CASES = (
     (
         "learning rate None",
         scheduled("learning_rate", lambda count: None),
-        r"`learning_rate\(count\)` is None, but a real number was expected",
+        r"`learning_rate\(count\)` is None, but a finite number was expected",
     ),
     (
         "b3 complex",
@@ -1143,6 +1443,14 @@ def test_traced_hyperparameters_are_left_alone():
     assert step(0.9, -1.0, 0.0).shape == (2,)
 
 
+def test_traced_counters_are_left_alone():
+    where = lambda s: (s.count, s.count_m2)
+    bad = put(STATE, where, (jnp.asarray(-5), jnp.asarray(-5)))
+    _, after = eqx.filter_jit(update)(OPTIM, GRADS, bad, MODEL)
+    assert (after.count, after.count_m2) == (-4, -4)
+    assert eqx.filter_jit(hyperparams)(OPTIM, bad).b1 == np.float32(0.9)
+
+
 @pytest.mark.parametrize("rate", (0, -1e-3, jnp.asarray(-1.0)))
 def test_zero_and_negative_learning_rates_are_legal(rate: Any):
     updates, _ = AdEMAMix(rate).update(jnp.ones(2), OPTIM.init(jnp.ones(2)))
@@ -1156,8 +1464,9 @@ def test_the_net_behind_our_checks():
     from eqx_ademamix import _step
 
     def core(*leaves: Any) -> Any:
-        rest = OPTIM.resolve(STATE), (STATE.count, np.uint32(0))
-        return _step._leaf_step(AdEMAMix, STATE.names, False, *leaves, *rest)
+        rest = None, OPTIM.resolve(STATE), (STATE.count, np.uint32(0))
+        decay = _step.WeightDecay.none
+        return _step._leaf_step(AdEMAMix, STATE.names, decay, *leaves, *rest)
 
     trees: Any = GRADS, STATE.m2, STATE.nu, STATE.m1, MODEL
     good = [W0(tree) for tree in trees]

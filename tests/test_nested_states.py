@@ -403,7 +403,7 @@ def test_from_optax_to_a_simplified_target():
     _, opt_state = train(theirs, PARAMS, init(theirs, PARAMS), 6)
     state: Any = from_optax(opt_state, Compensated(ours), PARAMS16)
     assert_trees_close(state.inner_state, from_optax(opt_state, ours, PARAMS), 0.0)
-    with pytest.raises(ValueError, match="`num` is computed from the `b1` of a"):
+    with pytest.raises(ValueError, match="`num` is computed from the `b1` of the"):
         from_optax(opt_state, optax.chain(CLIP, ours), PARAMS)
 
 
@@ -479,6 +479,27 @@ def test_b1_of_the_new_format():
     assert_trees_close(again, dropped, 0.0)
     with pytest.raises(ValueError, match=r"`state` has no `m1`, since .* `b1=0`"):
         change_state_format(dropped, with_m1, PARAMS)
+
+
+@pytest.mark.parametrize("b3", (0.99, beta3_scheduler(0.99, 0.5, warmup=10)))
+def test_bias_correction_of_m2(b3: Any):
+    """`m2_weight` appears and disappears with `bias_correct_m2`."""
+    plain = AdEMAMix(1e-2, b3=b3)
+    corrected = AdEMAMix(1e-2, b3=b3, bias_correct_m2=True)
+    _, without = train(plain, PARAMS, init(plain, PARAMS), 20)
+    _, kept = train(corrected, PARAMS, init(corrected, PARAMS), 20)
+    added = change_state_format(without, corrected, PARAMS)
+    assert tree_type(added) == tree_type(kept)
+    np.testing.assert_allclose(added.m2_weight, kept.m2_weight, rtol=1e-6)
+    assert_trees_close(change_state_format(kept, corrected, PARAMS), kept, 0.0)
+    dropped = change_state_format(kept, plain, PARAMS)
+    assert tree_type(dropped) == tree_type(without)
+    theirs = from_optax(to_optax(without), corrected, PARAMS)
+    assert_trees_close(theirs, added, 0.0)
+    fresh = from_adamw(ADAM_STATE, Compensated(corrected), PARAMS16)
+    assert fresh.inner_state.m2_weight == 0.0
+    with pytest.raises(ValueError, match="`m2_weight` is computed from the `b3`"):
+        change_state_format(without, optax.chain(corrected), PARAMS)
 
 
 def test_frozen_and_complex_leaves():

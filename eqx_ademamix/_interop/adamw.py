@@ -60,9 +60,10 @@ def from_adamw(
 
     **Raises:**
 
-    - `ValueError`: if `opt_state` has no Adam state or more than one, or the state of
-        another model; if `optim` does not contain exactly one `AdEMAMix`; or if it is
-        ambiguous with which number a schedule continues.
+    - `ValueError`: if `opt_state` has no Adam state or more than one, the state of
+        another model, or illegal values (such as NaN, or a negative `nu`); if `optim`
+        does not contain exactly one `AdEMAMix`; or if it is ambiguous with which number
+        a schedule continues.
 
     !!! Example
 
@@ -92,6 +93,7 @@ def from_adamw(
         m1=m1,
         m2=jax.tree.map(_zeros_sharded_as, nu, blank.m2, is_leaf=is_entry),
         nu=nu,
+        m2_weight=blank.m2_weight,
     )
     return continued(tree, ours, opt_state)
 

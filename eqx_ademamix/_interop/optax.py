@@ -5,19 +5,16 @@ from typing import Any, overload
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
-from jaxtyping import Array, Int32, PyTree
+from jaxtyping import PyTree
 
-from .._hyperparams import Scalar, resolve_decay
-from .._inspection import decoded, find, is_moment_state, unwrapped
-from .._numerics import Decay, bias_factor, moving_sum
+from .._inspection import decoded, find, is_moment_state
 from .._optimizer import AbstractOptimizer, OptaxOptimizer, State
-from .._paths import Node, describe
-from .._simplified import SimplifiedAdEMAMix
+from .._paths import Node
 from .._state import AbstractMomentState, AdEMAMixState, SimplifiedAdEMAMixState
 from .._typing import no_type_check
 from .adopt import adopted, copied, copies
 from .target import blank_state, continued
+from .weights import m2_weight_like, num_after
 
 
 @overload
@@ -41,22 +38,24 @@ def from_optax(
         [`eqx_ademamix.SimplifiedAdEMAMix`][], one `ScaleBySimplifiedAdEMAMixState`.
     - `optim`: the optimizer that continues the run: one of this package, an
         [`eqx_ademamix.Compensated`][] around it, or an optax optimizer that contains
-        exactly one [`eqx_ademamix.AdEMAMix`][]. (A `SimplifiedAdEMAMix` inside an optax
-        optimizer cannot be converted to, since its `b1` cannot be read.)
+        exactly one [`eqx_ademamix.AdEMAMix`][]. (Inside an optax optimizer, the decays
+        cannot be read. So a `SimplifiedAdEMAMix` must not be inside of one, nor an
+        `AdEMAMix` with `bias_correct_m2`.)
     - `params`: the model.
 
     **Returns:**
 
     The state of `optim`, in its own format. It shares no buffer with `opt_state`. The
     counters of schedules in `opt_state` and the remainders of a `Compensated` continue
-    as in [`eqx_ademamix.from_adamw`][]. A `num`, which optax does not keep, is computed
-    from `b1` over all steps taken.
+    as in [`eqx_ademamix.from_adamw`][]. What optax does not keep, a `num` or an
+    `m2_weight`, is computed from `b1` or `b3` over all steps taken.
 
     **Raises:**
 
-    - `ValueError`: if `opt_state` has no such state or more than one, or the state of
-        another model; if `optim` does not contain exactly one optimizer of this
-        package; or if it is ambiguous with which number a schedule continues.
+    - `ValueError`: if `opt_state` has no such state or more than one, the state of
+        another model, or illegal values (such as NaN, or a negative `nu`); if `optim`
+        does not contain exactly one optimizer of this package; or if it is ambiguous
+        with which number a schedule continues.
 
     !!! Example
 
@@ -73,20 +72,22 @@ def from_optax(
     """
     tree, blank = blank_state(optim, params, AbstractMomentState)
     if isinstance(blank, SimplifiedAdEMAMixState):
-        ours = _simplified(opt_state, unwrapped(optim), blank)
+        ours = _simplified(opt_state, optim, blank)
     else:
-        ours = _ademamix(opt_state, blank)
+        ours = _ademamix(opt_state, optim, blank)
     return continued(tree, ours, opt_state)
 
 
-def _ademamix(opt_state: PyTree, blank: AdEMAMixState) -> AdEMAMixState:
+def _ademamix(opt_state: PyTree, optim: object, blank: AdEMAMixState) -> AdEMAMixState:
     found = find(opt_state, _is_ademamix, "of optax.contrib.ademamix")
+    count_m2 = copied(found.count_m2, jnp.int32)
     return AdEMAMixState(
         count=copied(found.count, jnp.int32),
-        count_m2=copied(found.count_m2, jnp.int32),
+        count_m2=count_m2,
         m1=adopted("opt_state.m1", found.m1, blank.m2, blank.m1),
         m2=adopted("opt_state.m2", found.m2, blank.m2, blank.m2),
         nu=adopted("opt_state.nu", found.nu, blank.m2, blank.nu, is_real=True),
+        m2_weight=m2_weight_like(blank, optim, count_m2),
     )
 
 
@@ -95,47 +96,13 @@ def _simplified(
 ) -> SimplifiedAdEMAMixState:
     of_what = "of optax.contrib.simplified_ademamix"
     found = find(opt_state, _is_simplified, of_what)
-    if not isinstance(optim, SimplifiedAdEMAMix):
-        raise ValueError(
-            f"`optim` is {describe(optim)}, but `num` is computed from the `b1` of a "
-            "`SimplifiedAdEMAMix`, which cannot be read inside an optax optimizer. "
-            "Convert with the `SimplifiedAdEMAMix` itself, and put the result into the "
-            "state of the optax optimizer with `eqx.tree_at`."
-        )
     count = copied(found.t, jnp.int32)
     return SimplifiedAdEMAMixState(
         count=count,
-        num=_num_after(optim, count),
+        num=num_after(optim, count),
         m=adopted("opt_state.m", found.m, blank.m, blank.m),
         nu=adopted("opt_state.n", found.n, blank.m, blank.nu, is_real=True),
     )
-
-
-def _num_after(optim: SimplifiedAdEMAMix, count: Int32[Array, ""]) -> Scalar:
-    """The sum of the weights of all gradients after a number of steps."""
-    if not callable(optim.b1):  # the geometric series: (1 - b1^t) / (1 - b1)
-        _, complement = resolve_decay("b1", optim.b1, count)
-        steps = count.astype(float)
-        num = bias_factor(complement, jnp.maximum(steps, 1.0)) / complement
-        return jnp.where(steps > 0, num, 0.0)
-
-    def step(t: Int32[Array, ""], num: tuple[Scalar, Scalar]) -> tuple[Scalar, Scalar]:
-        # `num` is a sum of two floats, added without error (Knuth's TwoSum). In one
-        # float32 it would stop growing when a step changes less than its last digit: at
-        # b1 = 0.9999, five parts in ten thousand too early.
-        _, complement = resolve_decay("b1", optim.b1, t)
-        b1, (high, low) = Decay.of(complement), num
-        kept, change = (
-            b1.kept * high,
-            moving_sum(low, 1.0 - b1.pull * b1.complement * high, b1),
-        )
-        total = kept + change
-        part = total - kept
-        return total, (kept - (total - part)) + (change - part)
-
-    zero = jnp.zeros((), float)
-    high, low = lax.fori_loop(jnp.zeros_like(count), count, step, (zero, zero))
-    return high + low
 
 
 @overload

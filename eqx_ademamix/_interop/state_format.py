@@ -13,11 +13,12 @@ from .._checks import check_counter
 from .._inspection import decoded, find, of
 from .._optimizer import AbstractOptimizer, OptaxOptimizer
 from .._paths import Node, Path, flatten, leaves_with_path
-from .._state import AbstractMomentState
+from .._state import AbstractMomentState, AdEMAMixState
 from .._storage.codec import Stored
 from .._typing import no_type_check
 from .adopt import adopted, copies
 from .target import blank_state
+from .weights import m2_weight_like
 
 
 State = TypeVar("State")
@@ -46,7 +47,9 @@ def change_state_format(
     The same tree, with the moments stored as `optim` stores them, rounded to nearest.
     Moments that are already stored like that are copied bit by bit. Counters and all
     other parts of `state` keep their values. No buffer is shared with `state`. If
-    `optim` has `b1=0` and so needs no `m1`, that is dropped.
+    `optim` has `b1=0` and so needs no `m1`, that is dropped. If only one of the two has
+    `bias_correct_m2`, then `m2_weight` is dropped, or computed from the `b3` of `optim`
+    over all steps taken.
 
     **Raises:**
 
@@ -75,15 +78,21 @@ def change_state_format(
     old = find(state, is_one, of(cls), name="state")
     for name in old.counters:
         check_counter(name, getattr(old, name))
-    ours = _in_format_of(own, old)
+    weights: dict[str, Any] = {}
+    if isinstance(own, AdEMAMixState) and _differ(own.m2_weight, old.m2_weight):
+        weights["m2_weight"] = m2_weight_like(own, optim, old.count_m2)
+    ours = _in_format_of(own, old, weights)
     new = lambda x: ours if is_one(x) else _copied_if_array(x)
     return jax.tree.map(new, state, is_leaf=is_one)
 
 
 def _in_format_of(
-    own: AbstractMomentState[Any], old: AbstractMomentState[Any]
+    own: AbstractMomentState[Any],
+    old: AbstractMomentState[Any],
+    weights: dict[str, Any],
 ) -> AbstractMomentState[Any]:
-    """A copy of an old state, with its moments stored as those of our `own` are."""
+    """A copy of an old state, with its moments stored as those of our `own` are, and
+    with new sums of weights."""
     _check_m1(own, old)
     arrays, moments = decoded(old), {}
     for name in [name for name in own.names if name is not None]:
@@ -102,9 +111,13 @@ def _in_format_of(
     kept = {
         field.name: copies(getattr(old, field.name))
         for field in dataclasses.fields(old)
-        if field.name not in moments
+        if field.name not in (*moments, *weights)
     }
-    return type(old)(**kept, **moments)
+    return type(old)(**kept, **moments, **weights)
+
+
+def _differ(x: object, y: object) -> bool:
+    return (x is None) != (y is None)
 
 
 def _check_m1(own: AbstractMomentState[Any], old: AbstractMomentState[Any]) -> None:
