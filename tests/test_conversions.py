@@ -573,7 +573,7 @@ ERRORS: dict[str, Any] = {
     ),
     "from_adamw of optax's optimizer": (
         lambda: from_adamw(optax.adam(1e-3).init(PARAMS), optax.adam(1e-3), PARAMS),
-        "`optim` is a `GradientTransformation",
+        "`optim` is a `GradientTransformation.*whose state has no states of AdEMAMix",
     ),
     "torch: not a state dict": (
         torch({"w": 1}),

@@ -93,6 +93,11 @@ COMPENSATED = Compensated(OPTIM)
 STATE16 = init(COMPENSATED, MODEL16)
 SGD = Compensated(optax.sgd(1e-3))
 SGD_STATE = init(SGD, MODEL16)
+ADAM_STATE = init(optax.adam(1e-3), MODEL)
+
+
+def counted(count: int) -> Any:
+    return optax.ScaleByScheduleState(jnp.asarray(count, jnp.int32))
 
 
 def put(tree: Any, where: Any, value: Any) -> Any:
@@ -526,7 +531,7 @@ CASES = (
     (
         "hyperparams of no state",
         lambda: hyperparams(OPTIM, MODEL),
-        "`state` is an `MLP`, but an `AdEMAMixState`",
+        "`state` has no states of AdEMAMix, but one was expected. Found in it: MLP. Pass",
     ),
     # parameters
     (
@@ -1134,7 +1139,7 @@ CASES = (
     (
         "report of a model",
         lambda: eqx_ademamix.state_report(MODEL),
-        "`state` is an `MLP` with no states of AdEMAMix in it, but one was expected",
+        "`state` has no states of AdEMAMix, but one was expected. Found in it: MLP. Pass",
     ),
     # Compensated
     (
@@ -1207,6 +1212,57 @@ CASES = (
         "nothing to train, Compensated",
         lambda: init(COMPENSATED, {"n": 3}),
         "`params` has 1 leaves, but none of them is a floating-point",
+    ),
+    (
+        "hyperparams of a chain",
+        lambda: hyperparams(optax.chain(OPTIM), STATE),
+        "`optim` is a `GradientTransformationExtraArgs`, but an optimizer of this package was "
+        "expected. Pass the optimizer of this package that is inside",
+    ),
+    (
+        "decoded without a state",
+        lambda: eqx_ademamix.decoded(SGD_STATE),
+        "`state` has no states of AdEMAMix, but at least one was expected. Found in it: "
+        "CompensatedState, EmptyState. Pass",
+    ),
+    (
+        "a target without AdEMAMix",
+        lambda: eqx_ademamix.from_adamw(ADAM_STATE, optax.sgd(1e-3), MODEL),
+        "`optim` is a `GradientTransformationExtraArgs`, whose state has no states of AdEMAMix, "
+        "but one was expected. Found in it: EmptyState. Pass an optimizer of this package",
+    ),
+    (
+        "counters that differ",
+        lambda: eqx_ademamix.from_adamw(
+            (ADAM_STATE, *map(counted, (3, 7))),
+            optax.chain(OPTIM, optax.scale_by_schedule(lambda count: count)),
+            MODEL,
+        ),
+        r"`opt_state` has 2 counters `ScaleByScheduleState\.count` \(3, 7\), but the state of "
+        "`optim` has 1, so it is ambiguous with which number",
+    ),
+    (
+        "Simplified AdEMAMix in a chain",
+        lambda: eqx_ademamix.from_optax(
+            eqx_ademamix.to_optax(init(SIMPLIFIED, MODEL)),
+            optax.chain(SIMPLIFIED),
+            MODEL,
+        ),
+        "`optim` is a `GradientTransformationExtraArgs`, but `num` is computed from the `b1` of the",
+    ),
+    (
+        "no m1 in another format",
+        lambda: eqx_ademamix.change_state_format(
+            init(AdEMAMix(1e-3, b1=0), MODEL), OPTIM, MODEL
+        ),
+        "`state` has no `m1`, since its optimizer has `b1=0`, but `optim` needs one",
+    ),
+    (
+        "a batch of states",
+        lambda: hyperparams(
+            OPTIM, put(STATE, lambda s: s.count, jnp.zeros(2, jnp.int32))
+        ),
+        r"state\.count is an int32 array of shape \(2,\), but a scalar was expected. For a batch",
     ),
     (
         "a flag that is a number",

@@ -117,7 +117,7 @@ def copies(tree: PyTree) -> PyTree:
     return jax.tree.map(copied, tree)
 
 
-def copied(x: Array, dtype: DTypeLike | None = None) -> Array:
-    """A copy in a buffer of its own, so that either may be donated, with the same
-    sharding."""
+def copied(x: Any, dtype: DTypeLike | None = None) -> Array:
+    """A copy of an array (of NumPy, too) in a buffer of its own, so that either may be
+    donated, with the same sharding."""
     return jnp.array(x, dtype=dtype, copy=True)

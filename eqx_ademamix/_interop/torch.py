@@ -2,7 +2,7 @@
 
 import functools as ft
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, overload
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +11,14 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
-from .._ademamix import AdEMAMix
-from .._checks import check_supported
+from .._optimizer import AbstractOptimizer, OptaxOptimizer, State
 from .._paths import Path, describe, path_text, shortened
 from .._state import AdEMAMixState
 from .._storage.codec import Stored, is_encoded
 from .._typing import no_type_check
 from .adopt import in_format
+from .target import blank_state, continued
+from .weights import m2_weight_like
 
 
 Name: TypeAlias = str | int
@@ -34,10 +35,24 @@ _KEYS = (
 _STACKED = ("state1", "state2")  # bitsandbytes
 
 
+@overload
+def from_torch(
+    state_dict: StateDict,
+    optim: AbstractOptimizer[State],
+    params: PyTree,
+    names: Names,
+) -> State: ...
+@overload
+def from_torch(
+    state_dict: StateDict, optim: OptaxOptimizer, params: PyTree, names: Names
+) -> Any: ...
 @no_type_check
 def from_torch(
-    state_dict: StateDict, optim: AdEMAMix, params: PyTree, names: Names
-) -> AdEMAMixState:
+    state_dict: StateDict,
+    optim: AbstractOptimizer[Any] | OptaxOptimizer,
+    params: PyTree,
+    names: Names,
+) -> Any:
     """Moves a run of a PyTorch AdEMAMix to this package: Apple's, that of
     `pytorch_optimizer`, or the 32-bit one of bitsandbytes.
 
@@ -48,7 +63,9 @@ def from_torch(
 
     - `state_dict`: what `optimizer.state_dict()` returned, with its tensors converted
         to NumPy arrays.
-    - `optim`: the optimizer that continues the run.
+    - `optim`: the optimizer that continues the run: an [`eqx_ademamix.AdEMAMix`][], an
+        [`eqx_ademamix.Compensated`][], or an optax optimizer such as `optax.chain(...)`
+        that contains exactly one `AdEMAMix`.
     - `params`: the model.
     - `names`: for each trained leaf of `params` its path, as error messages print it
         (`.layers[0].weight`, with or without `params` before it), mapped to the
@@ -57,7 +74,8 @@ def from_torch(
 
     **Returns:**
 
-    The state of `optim`, in its own format, with the shardings of the parameters.
+    The state of `optim`, in its own format, with the shardings of the parameters. The
+    schedules of optax in `optim` continue after the steps that were taken.
 
     **Raises:**
 
@@ -83,8 +101,7 @@ def from_torch(
         assert state.count == state.count_m2 == 100
         ```
     """
-    check_supported(optim, AdEMAMix)
-    blank = optim.init(params)
+    blank_tree, blank = blank_state(optim, params, AdEMAMixState)
     _check_kinds(state_dict, names)
     leaves, treedef = jtu.tree_flatten_with_path(blank.m2, is_leaf=is_encoded)
     has_m1 = bool(jtu.tree_leaves(blank.m1))
@@ -95,13 +112,16 @@ def from_torch(
         stored = ft.partial(_on_devices_of, name)
         return jtu.tree_map_with_path(stored, like, moments, is_leaf=is_encoded)
 
-    return AdEMAMixState(
+    count_m2 = jnp.asarray(_steps(found), jnp.int32)
+    ours = AdEMAMixState(
         count=jnp.asarray(_steps(found), jnp.int32),
-        count_m2=jnp.asarray(_steps(found), jnp.int32),
+        count_m2=count_m2,
         m1=tree("m1", blank.m1) if has_m1 else blank.m1,
         m2=tree("m2", blank.m2),
         nu=tree("nu", blank.nu),
+        m2_weight=m2_weight_like(blank, optim, count_m2),
     )
+    return continued(blank_tree, ours, None)
 
 
 def _on_devices_of(name: str, path: Path, own: Stored, x: np.ndarray) -> Stored:
