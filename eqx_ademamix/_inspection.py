@@ -11,7 +11,13 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
-from ._checks import check_alive, check_count, check_optimizer, check_progress
+from ._checks import (
+    check_alive,
+    check_count,
+    check_optimizer,
+    check_progress,
+    check_weights,
+)
 from ._hyperparams import AbstractHyperparams, H, public_part
 from ._optimizer import AbstractOptimizer
 from ._paths import (
@@ -91,6 +97,7 @@ def hyperparams(optim: AbstractOptimizer[Any], state: PyTree) -> AbstractHyperpa
     found = find(state, lambda x: isinstance(x, cls), of(cls), name="state")
     for outer in _injections(state, cls):
         optim = _as_injected(optim, outer)
+    check_weights(found, optim.weights)
     return public_part(optim.resolve(found))
 
 
