@@ -40,7 +40,8 @@ def descend(
 
     def step(carry: tuple[Point, Any], _: None) -> tuple[tuple[Point, Any], Point]:
         point, state = carry
-        updates, state = optim.update(jax.grad(function)(point), state, point)
+        grads = jax.grad(function)(point)
+        updates, state = eqx_ademamix.update(optim, grads, state, point)
         point = eqx.apply_updates(point, updates)
         return (point, state), point
 
@@ -126,7 +127,7 @@ def rosenbrock(point: Point) -> Float[Array, ""]:
 
 def figure_2_adam(b1: float, steps: int = 5000) -> Points:
     optim, start = optax.adam(0.06, b1=b1), jnp.asarray(START_2, float)
-    return descend(rosenbrock, optim, optim.init(start), start, steps)
+    return descend(rosenbrock, optim, eqx_ademamix.init(optim, start), start, steps)
 
 
 def figure_2_ademamix(b3: float, corrected: bool, steps: int = 5000) -> Points:
