@@ -27,6 +27,7 @@ def parameters(leaves: int, size: int) -> dict[str, jax.Array]:
 
 
 def of_optax(kwargs: dict[str, Any]) -> tuple[Callable[[Any], Any], Step]:
+    """The baseline: optax called directly, without this package's interface."""
     optim: Any = optax.contrib.ademamix(1e-3, **kwargs)
 
     def step(params: Any, state: Any, grads: Any) -> Any:
@@ -41,7 +42,7 @@ def ours(optim: eqx_ademamix.AbstractOptimizer[Any]) -> tuple[Any, Step]:
         updates, state = eqx_ademamix.update(optim, grads, state, params)
         return eqx.apply_updates(params, updates), state
 
-    return optim.init, step
+    return lambda params: eqx_ademamix.init(optim, params), step
 
 
 def sides() -> dict[str, tuple[Any, Step]]:

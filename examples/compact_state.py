@@ -56,7 +56,8 @@ def train_step(
     optim, windows = kept
     loss_fn = lambda model: mean_loss(cast(model, jnp.float32), windows)
     loss, grads = eqx.filter_value_and_grad(loss_fn)(model)
-    grads, _ = clip.update(cast(grads, jnp.float32), optax.EmptyState())
+    grads = cast(grads, jnp.float32)
+    grads, _ = eqx_ademamix.update(clip, grads, optax.EmptyState())
     updates, state = eqx_ademamix.update(optim, grads, state, model)
     return eqx.apply_updates(model, updates), state, loss
 

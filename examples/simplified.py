@@ -88,10 +88,10 @@ def train(
         params, state = carry
         model = eqx.combine(params, rest)
         loss, grads = eqx.filter_value_and_grad(mean_loss)(model, batch)
-        updates, state = optim.update(grads, state, params)
+        updates, state = eqx_ademamix.update(optim, grads, state, model)
         return (eqx.apply_updates(params, updates), state), loss
 
-    carry = params, optim.init(params)
+    carry = params, eqx_ademamix.init(optim, model)
     (params, state), losses = jax.lax.scan(step, carry, batches)
     return eqx.combine(params, rest), state, losses
 

@@ -32,7 +32,9 @@ from tqdm import tqdm
 import eqx_ademamix
 
 
-Optimizer: TypeAlias = eqx_ademamix.AbstractOptimizer[Any]
+Optimizer: TypeAlias = (
+    eqx_ademamix.AbstractOptimizer[Any] | optax.GradientTransformation
+)
 TITLES = {"adamw": "AdamW", "ademamix": "AdEMAMix"}
 REPORT_EVERY = 50  # steps
 NUM_EVALUATIONS = 16  # a checkpoint is written after each of them
@@ -41,21 +43,6 @@ NUM_EVALUATIONS = 16  # a checkpoint is written after each of them
 #
 # The optimizers
 #
-
-
-class FromOptax(eqx_ademamix.AbstractOptimizer[optax.OptState]):
-    """Lets an optax optimizer accept whole models, as AdEMAMix already does."""
-
-    transformation: optax.GradientTransformation
-
-    def init(self, params: PyTree) -> optax.OptState:
-        return self.transformation.init(eqx.filter(params, eqx.is_inexact_array))
-
-    def update(
-        self, grads: PyTree, state: optax.OptState, params: PyTree | None = None
-    ) -> tuple[PyTree, optax.OptState]:
-        params = eqx.filter(params, eqx.is_inexact_array)
-        return self.transformation.update(grads, state, params)
 
 
 def make_schedule(config: Config) -> optax.Schedule:
@@ -70,9 +57,7 @@ def make_optimizer(config: Config, model: Transformer) -> Optimizer:
     learning_rate = make_schedule(config)
     mask = eqx_ademamix.decay_mask(model)
     if config.optimizer == "adamw":
-        return FromOptax(
-            optax.adamw(learning_rate, weight_decay=config.weight_decay, mask=mask)
-        )
+        return optax.adamw(learning_rate, weight_decay=config.weight_decay, mask=mask)
     return eqx_ademamix.AdEMAMix(
         learning_rate,
         b3=eqx_ademamix.beta3_scheduler(config.b3, 0.9, warmup=config.steps),
@@ -102,7 +87,7 @@ def train_step(
     windows: Windows, model: Transformer, state: PyTree, optim: Optimizer
 ) -> tuple[Transformer, PyTree, Float[Array, ""]]:
     loss, grads = eqx.filter_value_and_grad(mean_loss)(model, windows)
-    grads, _ = clip.update(grads, optax.EmptyState())
+    grads, _ = eqx_ademamix.update(clip, grads, optax.EmptyState())
     updates, state = eqx_ademamix.update(optim, grads, state, model)
     return eqx.apply_updates(model, updates), state, loss
 
