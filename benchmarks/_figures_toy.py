@@ -127,14 +127,13 @@ def rosenbrock(point: Point) -> Float[Array, ""]:
 
 def figure_2_adam(b1: float, steps: int = 5000) -> Points:
     optim, start = optax.adam(0.06, b1=b1), jnp.asarray(START_2, float)
-    return descend(rosenbrock, optim, eqx_ademamix.init(optim, start), start, steps)
+    state = eqx_ademamix.init(optim, start)
+    return descend(rosenbrock, optim, state, start, steps)
 
 
 def figure_2_ademamix(b3: float, corrected: bool, steps: int = 5000) -> Points:
     """AdEMAMix with the slow average as in Algorithm 1, or corrected for its bias."""
-    # The correction multiplies m2, and so does alpha, so alpha can include it.
-    alpha = lambda count: 9 / (1 - b3 ** (count + 1))
-    optim = eqx_ademamix.AdEMAMix(0.006, b3=b3, alpha=alpha if corrected else 9.0)
+    optim = eqx_ademamix.AdEMAMix(0.006, b3=b3, alpha=9.0, bias_correct_m2=corrected)
     start = jnp.asarray(START_2, float)
     return descend(rosenbrock, optim, eqx_ademamix.init(optim, start), start, steps)
 

@@ -1,7 +1,8 @@
 """The checks, whose messages name the place.
 
-Everything here reads only structure, shapes and dtypes, so under `jit` it runs once, at
-trace time, and a compiled step pays nothing for it.
+Everything here reads only structure, shapes and dtypes, and the values of counters that
+are not traced. So under `jit` it runs once, at trace time, and a compiled step pays
+nothing for it.
 """
 
 from typing import Any, NoReturn
@@ -113,6 +114,8 @@ def check_counter(name: str, count: object) -> None:
             "expected. A batched state needs `eqx.filter_vmap(update)`. Otherwise, "
             "pass on the state as `init` or the last `update` returned it."
         )
+    _check_alive("state", (jtu.GetAttrKey(name),), count)
+    check_count(f"state.{name}", count)
 
 
 def check_weights(state: AbstractMomentState[Any], used: tuple[str, ...]) -> None:
@@ -140,6 +143,42 @@ def _check_weight(name: str, weight: object) -> None:
             "shape () was expected. A batched state needs `eqx.filter_vmap(update)`. "
             "Otherwise, pass on the state as `init` or the last `update` returned it."
         )
+    _check_alive("state", (jtu.GetAttrKey(name),), weight)
+    _check_sum(f"state.{name}", weight)
+
+
+def check_progress(state: AbstractMomentState[Any]) -> None:
+    """Checks the values of the counters and sums of a state, where they are known."""
+    for name in state.counters:
+        check_count(f"state.{name}", getattr(state, name))
+    for name in state.weights:
+        _check_sum(f"state.{name}", getattr(state, name))
+
+
+def check_count(where: str, count: object) -> None:
+    value = _known(count)
+    if value is not None and not value >= 0:
+        raise ValueError(
+            f"{where} is {value}, but a number of steps >= 0 was expected. Pass on the "
+            "state as `init` or the last `update` returned it."
+        )
+
+
+def _check_sum(where: str, total: object) -> None:
+    value = _known(total)
+    if value is not None and not 0 <= value < np.inf:
+        raise ValueError(
+            f"{where} is {value}, but a finite sum of weights >= 0 was expected. Pass "
+            "on the state as `init` or the last `update` returned it."
+        )
+
+
+def _known(x: object) -> float | int | None:
+    """The value of a number or of a 0-d array, unless it is traced."""
+    kinds = (int, float, np.number, np.ndarray, jax.Array)
+    if not isinstance(x, kinds) or isinstance(x, Tracer) or np.shape(x) != ():
+        return None
+    return np.asarray(jax.device_get(x)).item()
 
 
 def check_alive(name: str, tree: PyTree) -> None:

@@ -83,7 +83,7 @@ def _by_node(
         yield from _by_node(child, subtree, name, kind, path + key)
 
 
-def _as_bool(spec: Node, array: Array, name: str, path: Path) -> bool:
+def _as_bool(spec: Node, array: Array | Struct, name: str, path: Path) -> bool:
     return checked_bool(spec(array) if callable(spec) else spec, array, name, path)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Real
 
-from ._numerics import Decay, DType
+from ._numerics import Decay, DType, saturated
 from ._paths import describe
 
 
@@ -212,7 +212,7 @@ H = TypeVar("H", bound=AbstractHyperparams)
 
 def in_dtype(h: H, real: DType) -> H:
     """Resolved hyperparameters in the dtype in which a leaf is computed."""
-    h = jax.tree.map(lambda x: x.astype(real), h)
+    h = jax.tree.map(lambda x: x if x.dtype == real else saturated(x.astype(real)), h)
     # An `eps` that is 0 in this dtype must not turn a zero gradient into 0/0.
     eps = lambda h: h._eps
     return eqx.tree_at(eps, h, jnp.maximum(eps(h), jnp.finfo(real).tiny))

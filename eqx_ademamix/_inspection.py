@@ -1,16 +1,25 @@
 """What a state holds, what it costs, and where it is inside of another one."""
 
+import dataclasses
 import math
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn, TypeVar, overload
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
-from ._checks import check_alive, check_state_type, check_supported
-from ._hyperparams import H, public_part
+from ._checks import (
+    check_alive,
+    check_count,
+    check_optimizer,
+    check_progress,
+    check_weights,
+)
+from ._hyperparams import AbstractHyperparams, H, public_part
+from ._optimizer import AbstractOptimizer
 from ._paths import (
     Node,
     Path,
@@ -32,24 +41,42 @@ from ._typing import no_type_check
 State = TypeVar("State")
 
 
+@overload
+def hyperparams(optim: AbstractMomentOptimizer[S, H], state: PyTree) -> H: ...
+@overload
+def hyperparams(optim: AbstractOptimizer[Any], state: PyTree) -> Any: ...
 @no_type_check
-def hyperparams(optim: AbstractMomentOptimizer[S, H], state: S) -> H:
+def hyperparams(optim: AbstractOptimizer[Any], state: PyTree) -> AbstractHyperparams:
     """The hyperparameters as the next `update` will use them, with schedules resolved
     at the state's counters. Works inside and outside of `jit`.
 
     **Arguments:**
 
-    - `optim`: an [`eqx_ademamix.AdEMAMix`][] or [`eqx_ademamix.SimplifiedAdEMAMix`][].
-    - `state`: its state.
+    - `optim`: an [`eqx_ademamix.AdEMAMix`][] or [`eqx_ademamix.SimplifiedAdEMAMix`][],
+        alone or inside an [`eqx_ademamix.Compensated`][]. Of an optax optimizer such as
+        `optax.chain(...)`, pass the optimizer of this package that is inside.
+    - `state`: its state, or a tree that contains exactly one state of its kind, such as
+        the state of an `optax.chain`.
 
     **Returns:**
 
     An [`eqx_ademamix.Hyperparams`][] or [`eqx_ademamix.SimplifiedHyperparams`][], whose
     fields are arrays of shape `()` in the default float.
 
+    Inside the state of `optax.inject_hyperparams`, an injected value replaces the field
+    of `optim` with the same name (`lr` is `learning_rate`). Of several such states, the
+    innermost one decides. There are two exceptions:
+
+    - If `optim` has a schedule for `b3` or `alpha`, that schedule decides, since
+        [`eqx_ademamix.ademamix`][] ignores the number `b3` where it has a
+        `b3_scheduler`.
+    - If optax computes a value from a schedule, its state has the value of the last
+        step. If `optim` has that schedule too, you get the value of the next step.
+
     **Raises:**
 
-    - `ValueError` or `TypeError`: if the state does not belong to the optimizer.
+    - `ValueError` or `TypeError`: if `optim` is an optax optimizer, if there is no
+        state of its kind or more than one, or if it has a negative counter.
 
     !!! Example
 
@@ -64,11 +91,14 @@ def hyperparams(optim: AbstractMomentOptimizer[S, H], state: S) -> H:
         assert eqx_ademamix.hyperparams(optim, state).alpha == 0.0
         ```
     """
-    check_supported(optim, AbstractMomentOptimizer)
-    check_state_type(state, None, optim.state_type)
-    for name, tree in {"optim": optim, "state": state}.items():
-        check_alive(name, tree)
-    return public_part(optim.resolve(on_device(state)))
+    check_optimizer(optim)
+    optim, cls = _moment_optimizer(optim)
+    check_alive("optim", optim)
+    found = find(state, lambda x: isinstance(x, cls), of(cls), name="state")
+    for outer in _injections(state, cls):
+        optim = _as_injected(optim, outer)
+    check_weights(found, optim.weights)
+    return public_part(optim.resolve(found))
 
 
 @no_type_check
@@ -84,7 +114,11 @@ def decoded(state: State) -> State:
 
     The tree with a float32 (or complex64) array in place of each encoded moment.
     Moments that are stored as a dtype stay as they are, and share their buffers with
-    `state`.
+    `state`. [`eqx_ademamix.change_state_format`][] encodes them again.
+
+    **Raises:**
+
+    - `ValueError`: if there is no state of this package in the tree.
 
     !!! Example
 
@@ -98,8 +132,10 @@ def decoded(state: State) -> State:
         assert eqx_ademamix.decoded(state).m2.dtype == jnp.float32
         ```
     """
-    of = lambda x: decode(x) if is_encoded(x) else x
-    return jax.tree.map(of, on_device(state), is_leaf=is_encoded)
+    if not states_in(state, is_moment_state):
+        _raise_not_found("state", state, is_moment_state, "of AdEMAMix", "at least one")
+    array = lambda x: decode(x) if is_encoded(x) else x
+    return jax.tree.map(array, on_device(state), is_leaf=is_encoded)
 
 
 @no_type_check
@@ -151,7 +187,8 @@ def state_report(state: PyTree[Any]) -> str:
 
     **Raises:**
 
-    - `ValueError`: if there is no such state, or more than one.
+    - `ValueError`: if there is no such state, or more than one. The message lists what
+        was found.
 
     !!! Example
 
@@ -172,7 +209,7 @@ def state_report(state: PyTree[Any]) -> str:
           ['weight']  (64, 256)  ScaledFloat8  ScaledFloat16  ScaledFloat8   4.01
         ```
     """
-    total, state = state_bytes(state), _only_state(state)
+    total, state = state_bytes(state), only(state, is_moment_state, "of AdEMAMix")
     shown = [i for i, name in enumerate(state.names) if name is not None]
     head = ("path", "shape", *(str(state.names[i]) for i in shown), "bytes")
     places = _places(state.moments)
@@ -193,17 +230,6 @@ def _places(moments: Moments[PyTree]) -> list[tuple[Path, Moments[Stored]]]:
         for (path, x), (_, y) in zip(m2, nu, strict=True)
     ]
     return [place for place in places if place[1].m2 is not None]
-
-
-def _only_state(tree: PyTree) -> AbstractMomentState[Any]:
-    is_one = lambda x: isinstance(x, AbstractMomentState)
-    found = [x for x in jtu.tree_leaves(tree, is_leaf=is_one) if is_one(x)]
-    if len(found) != 1:
-        raise ValueError(
-            f"`state` is {describe(tree)} with {len(found) or 'no'} states of AdEMAMix "
-            "in it, but one was expected."
-        )
-    return found[0]
 
 
 def _row(path: Path, moments: Moments[Stored], shown: list[int]) -> tuple[str, ...]:
@@ -230,40 +256,170 @@ def _line(row: tuple[str, ...], widths: list[int]) -> str:
 #
 
 
+def is_moment_state(x: Node) -> bool:
+    return isinstance(x, AbstractMomentState)
+
+
+def of(cls: type) -> str:
+    """What errors call the states of a class."""
+    return f"of {cls.__name__.removesuffix('State')}"
+
+
+def states_in(tree: PyTree, is_one: Callable[[Node], bool]) -> list[Node]:
+    return [x for x in jtu.tree_leaves(tree, is_leaf=is_one) if is_one(x)]
+
+
+def only(
+    tree: PyTree, is_one: Callable[[Node], bool], of_what: str, name: str = "state"
+) -> Node:
+    """The only state of a kind that a tree contains."""
+    found = states_in(tree, is_one)
+    if len(found) != 1:
+        _raise_not_found(name, tree, is_one, of_what, "one")
+    return found[0]
+
+
 def find(
     tree: PyTree,
     is_one: Callable[[Node], bool],
     of_what: str,
     name: str = "opt_state",
 ) -> Node:
-    """The only state of a kind that a tree contains, with NumPy's arrays converted to
-    JAX's."""
-    found = [x for x in jtu.tree_leaves(tree, is_leaf=is_one) if is_one(x)]
-    if len(found) != 1:
-        kinds = ", ".join(dict.fromkeys(_kinds(tree))) or describe(tree)
-        raise ValueError(
-            f"`{name}` has {len(found) or 'no'} states {of_what}, but one was "
-            f"expected. Found in it: {shortened(kinds, 300)}. Pass the state of the "
-            "optimizer, or the part of it that you mean."
-        )
-    check_alive(name, found[0])
-    for counter in ("count", "count_m2", "t"):
-        count = getattr(found[0], counter, 0)
-        # Every named tuple has a method `count`.
-        if not callable(count) and jnp.shape(count) != ():
+    """The only state of a kind that a tree contains, alive and not batched, with
+    NumPy's arrays converted to JAX's."""
+    found = only(tree, is_one, of_what, name)
+    check_alive(name, found)
+    for scalar in _scalars(found):
+        value = getattr(found, scalar)
+        if jnp.shape(value) != ():
             raise ValueError(
-                f"{name}.{counter} is {describe(count)}, but a scalar was expected. "
-                "Convert a batch of states under `eqx.filter_vmap`."
+                f"{name}.{scalar} is {describe(value)}, but a scalar was expected. For "
+                "a batch of states, call this function under `eqx.filter_vmap`."
             )
-    return on_device(found[0])
+        if not is_moment_state(found):
+            check_count(f"{name}.{scalar}", value)
+    if is_moment_state(found):
+        check_progress(found)
+    return on_device(found)
+
+
+def _scalars(state: Node) -> list[str]:
+    """The fields of a state that count steps or add up weights."""
+    if isinstance(state, AbstractMomentState):
+        names = (*state.counters, *state.weights)
+        return [name for name in names if getattr(state, name) is not None]
+    fields = getattr(state, "_fields", ())
+    return [name for name in ("count", "count_m2", "t") if name in fields]
+
+
+def _raise_not_found(
+    name: str,
+    tree: PyTree,
+    is_one: Callable[[Node], bool],
+    of_what: str,
+    expected: str,
+) -> NoReturn:
+    raise ValueError(
+        f"`{name}` has {len(states_in(tree, is_one)) or 'no'} states {of_what}, but "
+        f"{expected} was expected. Found in it: {kinds_in(tree)}. Pass the state of "
+        "the optimizer, or the part of it that you mean."
+    )
+
+
+def kinds_in(tree: PyTree) -> str:
+    """The names of the classes of the states inside a state, for errors."""
+    return shortened(", ".join(dict.fromkeys(_kinds(tree))) or describe(tree), 300)
 
 
 def _kinds(node: Node) -> list[str]:
-    """The names of the classes of the states inside a state."""
     if is_leaf(node):
         return []
+    if is_moment_state(node):
+        return [type(node).__name__]
     inner = [child for _, child in children(node)[0] if not is_leaf(child)]
     if type(node) in (list, tuple, dict):
         return [kind for child in inner for kind in _kinds(child)]
-    inner = [x for x in inner if isinstance(x, tuple) or type(x) in (list, dict)]
+    is_inner = lambda x: isinstance(x, (tuple, AbstractMomentState))
+    inner = [x for x in inner if is_inner(x) or type(x) in (list, dict)]
     return [type(node).__name__, *(kind for x in inner for kind in _kinds(x))]
+
+
+#
+# Optimizers inside of others
+#
+
+
+def unwrapped(optim: Any) -> Any:
+    """The optimizer inside of our own wrappers, such as `Compensated`."""
+    is_wrapper = isinstance(optim, AbstractOptimizer) and not isinstance(
+        optim, AbstractMomentOptimizer
+    )
+    inner = getattr(optim, "optim", None) if is_wrapper else None
+    return optim if inner is None else unwrapped(inner)
+
+
+def _moment_optimizer(
+    optim: object,
+) -> tuple[AbstractMomentOptimizer[Any, Any], type]:
+    inner = unwrapped(optim)
+    if not isinstance(inner, AbstractMomentOptimizer):
+        within = "" if inner is optim else f" around {describe(inner)}"
+        raise TypeError(
+            f"`optim` is {describe(optim)}{within}, but an optimizer of this package "
+            "was expected. Pass the optimizer of this package that is inside, for "
+            "example the `AdEMAMix` of a chain. `state` may be the state of the chain."
+        )
+    return inner, inner.state_type
+
+
+def _injections(tree: PyTree, cls: type) -> Iterator[Any]:
+    """The states of `optax.inject_hyperparams` that a state is inside of, outer ones
+    first."""
+    if isinstance(tree, cls):
+        return
+    for outer in states_in(tree, _is_injection):
+        if states_in(outer.inner_state, lambda x: isinstance(x, cls)):
+            yield outer
+            yield from _injections(outer.inner_state, cls)
+
+
+def _is_injection(x: Node) -> bool:
+    """By its fields, since optax has two classes for it."""
+    fields = getattr(x, "_fields", ())
+    return "inner_state" in fields and isinstance(getattr(x, "hyperparams", None), dict)
+
+
+# The fields of an optimizer that are not numbers.
+_NOT_INJECTED = (
+    "weight_decay_mask",
+    "trainable",
+    "state_format",
+    "learning_rate_scale",
+)
+
+
+def _as_injected(
+    optim: AbstractMomentOptimizer[Any, Any], outer: Any
+) -> AbstractMomentOptimizer[Any, Any]:
+    """The optimizer with the values that a state of `optax.inject_hyperparams` has."""
+    check_alive("state.hyperparams", outer.hyperparams)
+    fields = {x.name for x in dataclasses.fields(optim) if not x.metadata.get("static")}
+    schedules = getattr(outer, "hyperparams_states", {})
+    for key, value in outer.hyperparams.items():
+        name = "learning_rate" if key == "lr" else key
+        if name in fields.difference(_NOT_INJECTED):
+            own = getattr(optim, name)
+            used = _used(name, own, value, schedules.get(key))
+            optim = eqx.tree_at(lambda o, name=name: getattr(o, name), optim, used)
+    return optim
+
+
+def _used(name: str, own: Any, injected: Any, schedule: Any) -> Any:
+    """What the next step will use: the optimizer's own value or the injected one."""
+    if not callable(own):
+        return injected
+    count = getattr(schedule, "count", None)
+    if count is not None and not callable(count):  # tuples have a method `count`
+        # Computed from a schedule, which `optim` has too: one step ahead of `injected`.
+        return own(count)
+    return own if name in ("b3", "alpha") else injected

@@ -34,6 +34,7 @@ from ._hyperparams import (
     HyperParamOrSchedule,
     Scalar,
     in_dtype,
+    wide,
 )
 from ._learning_rate_scale import Scales, as_scales
 from ._numerics import (
@@ -234,7 +235,7 @@ def _apply(
         real = compute_dtype(*(x.dtype for x in (g, p, m2, nu) if x is not None))
         key = state.count, np.uint32(text_hash(jtu.keystr(leaf.path)))
         if isinstance(scale, float):
-            scale = np.asarray(scale, real)  # traced: a new number compiles nothing
+            scale = wide(scale)  # traced: a new number compiles nothing
         args = g, m2, nu, m1, p, scale, scalars(real), key
         stepped.append(_leaf_step(rule, state.names, decay, *args))
     return stepped
@@ -280,8 +281,9 @@ def _rate(
     """The learning rate of one leaf. A scale may have the leaf's first axes."""
     if scale is None:
         return learning_rate
-    scale = scale.astype(learning_rate.dtype)
-    return learning_rate * scale.reshape(scale.shape + (1,) * (ndim - scale.ndim))
+    scale = saturated(scale.astype(learning_rate.dtype))
+    scale = scale.reshape(scale.shape + (1,) * (ndim - scale.ndim))
+    return saturated(learning_rate * scale)
 
 
 def _decoded(old: Moments[Stored], real: DType) -> Moments[Array]:

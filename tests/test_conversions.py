@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from eqx_ademamix import (
     AdEMAMix,
     AdEMAMixState,
+    SimplifiedAdEMAMix,
     StateFormat,
     alpha_scheduler,
     beta3_scheduler,
@@ -42,6 +43,7 @@ from .helpers import (
     reference_b3,
     reference_step,
     tree_type,
+    x64,
 )
 
 
@@ -491,19 +493,27 @@ ALPHA = AdEMAMix(1e-3, alpha=alpha_scheduler(8.0, warmup=100))
 
 
 def torch_state(**edit: Any) -> dict[str, Any]:
-    def one(shape: Any) -> dict[str, Any]:
-        names = ("exp_avg_fast", "exp_avg_slow", "exp_avg_sq")
-        return {"step": 3, **{k: np.zeros(shape, np.float32) for k in names}}
-
+    one = lambda shape: {"step": 3, **torch_moments(shape)}
     state = {0: one((3,)), 1: {**one((2, 3)), **edit}}
     return {"state": state, "param_groups": [{"params": [0, 1]}]}
 
 
+def torch_moments(shape: Any, dtype: Any = np.float32) -> dict[str, np.ndarray]:
+    names = ("exp_avg_fast", "exp_avg_slow", "exp_avg_sq")
+    return {k: np.zeros(shape, dtype) for k in names}
+
+
 NAMES: Any = {"['b']": 0, "['w']": 1}
+RAGGED = [[1.0], [1.0, 2.0]]
 
 
 def torch(state_dict: Any, names: Any = NAMES) -> Any:
     return lambda: from_torch(state_dict, OURS, PARAMS, names)
+
+
+def negative(opt_state: Any, i: int) -> Any:
+    where = lambda s: s[i].nu["w"]
+    return eqx.tree_at(where, opt_state, -jnp.ones((2, 3)))
 
 
 def donated_adam() -> None:
@@ -563,7 +573,7 @@ ERRORS: dict[str, Any] = {
     ),
     "from_adamw of optax's optimizer": (
         lambda: from_adamw(optax.adam(1e-3).init(PARAMS), optax.adam(1e-3), PARAMS),
-        "`optim` is a `GradientTransformation",
+        "`optim` is a `GradientTransformation.*whose state has no states of AdEMAMix",
     ),
     "torch: not a state dict": (
         torch({"w": 1}),
@@ -621,7 +631,78 @@ ERRORS: dict[str, Any] = {
     ),
     "torch: complex": (
         torch(torch_state(exp_avg_slow=np.zeros((2, 3), complex))),
-        r"params\['w'\] has dtype float32 in the optimizer, but .* complex128",
+        r"params\['w'\]: the moment `m2` has dtype complex128 in .* but real numbers",
+    ),
+    "torch: complex nu": (
+        torch(torch_state(exp_avg_sq=np.zeros((2, 3), complex))),
+        r"params\['w'\]: the moment `nu` has dtype complex128 in .* but real numbers",
+    ),
+    "torch: complex nu of a complex parameter": (
+        lambda: from_torch(
+            {"state": {0: {**torch_moments((3,), complex), "step": 3}}},
+            OURS,
+            {"c": jnp.ones(3, complex)},
+            {"['c']": 0},
+        ),
+        r"params\['c'\]: the moment `nu` has dtype complex128 in .* but real numbers",
+    ),
+    "torch: real for complex": (
+        lambda: from_torch(
+            {"state": {0: {**torch_moments((3,)), "step": 3}}},
+            OURS,
+            {"c": jnp.ones(3, complex)},
+            {"['c']": 0},
+        ),
+        r"params\['c'\]: the moment `m1` has dtype float32 in .* but complex numbers",
+    ),
+    "torch: groups": (
+        torch({**torch_state(), "param_groups": {"params": [0, 1]}}),
+        r"state_dict\['param_groups'\] is a dict with the keys 'params', but a list was",
+    ),
+    "torch: a group": (
+        torch({**torch_state(), "param_groups": [1]}),
+        r"state_dict\['param_groups'\]\[0\] is the int 1, but a dict was expected",
+    ),
+    "torch: a group without parameters": (
+        torch({**torch_state(), "param_groups": [{"params": []}, {"params": None}]}),
+        r"state_dict\['param_groups'\]\[1\]\['params'\] is None, but a list was expected",
+    ),
+    "torch: a group with strange names": (
+        torch({**torch_state(), "param_groups": [{"params": [0], "param_names": 1}]}),
+        r"state_dict\['param_groups'\]\[0\]\['param_names'\] is the int 1, but a list was",
+    ),
+    "torch: quantisation state": (
+        torch(torch_state(__bnb_optimizer_quant_state__=[1])),
+        r"params\['w'\]: its '__bnb_optimizer_quant_state__' in .* is a list of length 1, "
+        "but a dict was expected",
+    ),
+    "torch: ragged and stacked": (
+        torch(
+            {"state": {**torch_state()["state"], 1: {"state1": RAGGED, "state2": 0}}}
+        ),
+        r"params\['w'\]: the moment `state1` in the state dict is a list of length 2, but",
+    ),
+    "torch: ragged steps": (
+        torch(torch_state(step=RAGGED)),
+        r"params\['w'\]: its 'step' in the state dict is a list of length 2, but a number",
+    ),
+    "torch: a function that returns nothing": (
+        torch(torch_state(), {"['b']": 0, "['w']": (1, lambda x: None)}),
+        r"params\['w'\]: the moment `m1` after its function is None, but an array of numbers",
+    ),
+    "torch: a function that returns bools": (
+        torch(torch_state(), {"['b']": 0, "['w']": (1, lambda x: x == 0)}),
+        r"params\['w'\]: the moment `m1` after its function is a bool array of shape "
+        r"\(2, 3\), but an array of numbers",
+    ),
+    "torch: a function that returns NaN": (
+        torch(torch_state(), {"['b']": 0, "['w']": (1, lambda x: x + np.nan)}),
+        r"params\['w'\]: the moment `m1` has a NaN \(in float32\), but finite numbers were",
+    ),
+    "a negative Adam": (
+        lambda: from_adamw(negative(optax.adam(1e-3).init(PARAMS), 0), OURS, PARAMS),
+        r"opt_state\.nu\['w'\] has a negative entry \(in float32\), but real numbers >= 0 were "
+        r"expected\. Did the run diverge\?",
     ),
     "torch: half a step": (
         torch(torch_state(step=3.5)),
@@ -681,3 +762,225 @@ def test_one_sentence(call: Any, text: str):
     with pytest.raises((ValueError, TypeError), match=text) as info:
         call()
     assert len(str(info.value).split("\n---")[0]) < 600
+
+
+#
+# Values that no run can continue from
+#
+
+MOMENTS = {"m1": "exp_avg_fast", "m2": "exp_avg_slow", "nu": "exp_avg_sq"}
+NO_NUMBERS = {
+    "bools": (np.ones((2, 3), bool), r"a bool array of shape \(2, 3\)"),
+    "strings": (np.full((2, 3), "one"), r"a str\d* array of shape \(2, 3\)"),
+    "a string": ("one", "the str 'one'"),
+    "objects": (np.full((2, 3), None), r"an object array of shape \(2, 3\)"),
+    "ragged": (RAGGED, "a list of length 2"),
+    "dates": (
+        np.zeros((2, 3), "datetime64[s]"),
+        r"a datetime64\[s\] array of shape .*",
+    ),
+}
+
+
+@pytest.mark.parametrize("x,found", NO_NUMBERS.values(), ids=NO_NUMBERS)
+@pytest.mark.parametrize("name", MOMENTS)
+@pytest.mark.filterwarnings("ignore:Creating an ndarray from ragged")  # NumPy < 1.24
+def test_a_torch_moment_is_an_array_of_numbers(name: str, x: Any, found: str):
+    text = rf"^params\['w'\]: the moment `{name}` in the state dict is {found}, but an "
+    with pytest.raises(ValueError, match=text + "array of numbers was expected"):
+        torch(torch_state(**{MOMENTS[name]: x}))()
+
+
+FLAWS = {
+    "NaN": (np.nan, "a NaN"),
+    "inf": (np.inf, "an infinite entry"),
+    "-inf": (-np.inf, "an infinite entry"),
+    "1e300": (1e300, "an infinite entry"),
+    "-1e300": (-1e300, "an infinite entry"),
+    "an int": (10**39, "an infinite entry"),
+    "negative": (-1e-30, "a negative entry"),
+}
+
+
+def flawed(x: float, dtype: Any = np.float64) -> np.ndarray:
+    """Ones, except for one entry."""
+    array = np.ones((2, 3), dtype)
+    array[1, 2] = x
+    return array
+
+
+@pytest.mark.parametrize("x,flaw", FLAWS.values(), ids=FLAWS)
+@pytest.mark.parametrize("name", MOMENTS)
+def test_the_values_of_a_torch_moment(name: str, x: float, flaw: str):
+    convert = torch(torch_state(**{MOMENTS[name]: flawed(x)}))
+    if flaw == "a negative entry" and name != "nu":
+        assert getattr(convert(), name)["w"][1, 2] == np.float32(x)
+        return
+    text = rf"^params\['w'\]: the moment `{name}` has {flaw} \(in float32\), but (finite|real) "
+    with pytest.raises(ValueError, match=text):
+        convert()
+
+
+def test_a_torch_moment_may_be_as_large_as_its_type():
+    """float64 parameters have float64 moments. In float16 a number stays finite."""
+    large = flawed(1e300)
+    state_dict = torch_state(exp_avg_slow=large, exp_avg_sq=large)
+    with x64():
+        params = jax.tree.map(lambda x: x.astype(np.float64), PARAMS)
+        state = from_torch(state_dict, OURS, params, NAMES)
+        assert state.m2["w"][1, 2] == state.nu["w"][1, 2] == 1e300
+        with pytest.raises(
+            ValueError, match=r"`m2` has an infinite entry \(in float32\)"
+        ):
+            torch(state_dict)()
+    fmt = StateFormat(m1=jnp.float16, m2=jnp.float16, nu=jnp.float32)
+    optim = AdEMAMix(1e-3, state_format=fmt)
+    state = from_torch(torch_state(exp_avg_slow=flawed(1e30)), optim, PARAMS, NAMES)
+    assert state.m2["w"][1, 2] == 65504
+
+
+def test_from_torch_of_other_numbers():
+    """Covers integers, bfloat16, nested lists, and a moment without entries."""
+    numbers = torch_state(
+        exp_avg_fast=[[1, 2, 3], [4, 5, 6]],
+        exp_avg_slow=np.arange(6).reshape(2, 3),
+        exp_avg_sq=np.ones((2, 3), jnp.bfloat16),
+    )
+    state: Any = torch(numbers)()
+    assert np.array_equal(state.m1["w"], [[1, 2, 3], [4, 5, 6]])
+    assert np.array_equal(state.m2["w"], [[0, 1, 2], [3, 4, 5]])
+    assert jnp.all(state.nu["w"] == 1) and state.nu["w"].dtype == jnp.float32
+    nothing = {"state": {0: {**torch_moments((0, 3)), "step": 1}}}
+    state = from_torch(nothing, OURS, {"w": jnp.ones((0, 3))}, {"['w']": 0})
+    assert state.m2["w"].shape == (0, 3)
+
+
+def test_what_the_function_raises_is_raised():
+    def fail(x: Any) -> Any:
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        torch(torch_state(), {"['b']": 0, "['w']": (1, fail)})()
+
+
+def test_from_torch_without_m1_transposed():
+    """The function of a moment is not called on an `m1` that the optimizer drops."""
+    moments = {"exp_avg_slow": np.ones((3, 2)), "exp_avg_sq": np.ones((3, 2))}
+    state_dict = {"state": {0: {"step": 5, "exp_avg_fast": None, **moments}}}
+    optim, params = AdEMAMix(1e-3, b1=0), {"w": jnp.ones((2, 3))}
+    state = from_torch(state_dict, optim, params, {"['w']": (0, np.transpose)})
+    assert tree_type(state) == tree_type(optim.init(params))
+
+
+CONVERSIONS: Any = {
+    "from_adamw": (lambda s: from_adamw(s, OURS, PARAMS), optax.scale_by_adam()),
+    "from_optax": (lambda s: from_optax(s, OURS, PARAMS), optax.contrib.ademamix(1.0)),
+    "from_optax, simplified": (
+        lambda s: from_optax(s, SimplifiedAdEMAMix(1e-3), PARAMS),
+        optax.contrib.simplified_ademamix(1.0),
+    ),
+}
+PLACES = {
+    "from_adamw": (("mu", "nu"), ("count",)),
+    "from_optax": (("m1", "m2", "nu"), ("count", "count_m2")),
+    "from_optax, simplified": (("m", "n"), ("t",)),
+}
+
+
+def broken(how: str, name: str, x: Any) -> Any:
+    """A state of optax with another leaf in one place."""
+    opt_state = CONVERSIONS[how][1].init(PARAMS)
+    one = opt_state if how == "from_adamw" else opt_state[0]
+    return one._replace(**{name: x})
+
+
+def with_leaf(x: Any) -> Any:
+    return {**PARAMS, "w": x}
+
+
+@pytest.mark.parametrize("as_array", (jnp.asarray, np.asarray))
+@pytest.mark.parametrize("dtype", (np.float32, jnp.bfloat16))
+@pytest.mark.parametrize("how", CONVERSIONS)
+def test_the_values_of_an_optax_state(how: str, dtype: Any, as_array: Any):
+    convert, _ = CONVERSIONS[how]
+    for name in PLACES[how][0]:
+        for x, flaw in ((np.nan, "NaN"), (-np.inf, "infinite"), (-1, "negative")):
+            opt_state = broken(how, name, with_leaf(as_array(flawed(x, dtype))))
+            if x == -1 and name not in ("nu", "n"):
+                convert(opt_state)
+                continue
+            text = rf"^opt_state\.{name}\['w'\] has an? {flaw}.*, but (finite|real) "
+            with pytest.raises(ValueError, match=text):
+                convert(opt_state)
+
+
+@pytest.mark.parametrize("how", CONVERSIONS)
+@pytest.mark.parametrize("as_array", (jnp.asarray, np.asarray, int))
+def test_the_counters_of_an_optax_state(how: str, as_array: Any):
+    for name in PLACES[how][1]:
+        text = rf"^opt_state\.{name} is -5, but a number of steps >= 0 was expected"
+        with pytest.raises(ValueError, match=text):
+            CONVERSIONS[how][0](broken(how, name, as_array(-5)))
+
+
+@pytest.mark.parametrize("to", (to_adamw, to_optax))
+def test_our_own_counters(to: Any):
+    state = eqx.tree_at(lambda s: s.count, OURS.init(PARAMS), jnp.asarray(-5))
+    with pytest.raises(ValueError, match=r"^state\.count is -5, but a number"):
+        to(state)
+
+
+def test_a_nan_in_a_large_array():
+    """XLA's maximum of such an array may be finite."""
+    params = jnp.ones((300, 1000))
+    opt_state: Any = optax.scale_by_adam().init(params)
+    opt_state = opt_state._replace(nu=params.at[3, 7].set(jnp.nan))
+    with pytest.raises(ValueError, match=r"^opt_state\.nu has a NaN"):
+        from_adamw(opt_state, OURS, params)
+
+
+def test_a_moment_that_is_dropped_is_not_checked():
+    opt_state = broken("from_optax", "m1", with_leaf(flawed(np.nan)))
+    optim = AdEMAMix(1e-3, b1=0)
+    state = from_optax(opt_state, optim, PARAMS)
+    assert tree_type(state) == tree_type(optim.init(PARAMS))
+
+
+def test_a_complex_nu():
+    """optax has a complex `nu` for complex parameters. Its imaginary part is zero."""
+    params = {"c": jnp.asarray([1 + 2j, 3j, -1])}
+    adam: Any = optax.scale_by_adam()
+    _, opt_state = adam.update(params, adam.init(params), params)
+    state: Any = from_adamw(opt_state, OURS, params)
+    np.testing.assert_allclose(state.nu["c"], 1e-3 * np.asarray([5, 9, 1]), rtol=1e-6)
+    for x, flaw in ((1j, "complex"), (-1 + 0j, "negative"), (np.nan, "NaN")):
+        opt_state = opt_state._replace(nu={"c": jnp.full(3, x, complex)})
+        with pytest.raises(ValueError, match=rf"^opt_state.nu\['c'\] has a {flaw}"):
+            from_adamw(opt_state, OURS, params)
+    for x, flaw in ((complex(1, np.nan), "a NaN"), (complex(np.inf), "an infinite")):
+        opt_state = opt_state._replace(mu={"c": jnp.full(3, x, complex)})
+        with pytest.raises(ValueError, match=rf"^opt_state.mu\['c'\] has {flaw}"):
+            from_adamw(opt_state, OURS, params)
+
+
+def test_sharded_values_are_checked():
+    mesh = Mesh(np.asarray(jax.devices()), ("data",))
+    sharding = NamedSharding(mesh, PartitionSpec("data", None))
+    params = {"w": jax.device_put(jnp.ones((16, 4)), sharding)}
+    opt_state: Any = optax.scale_by_adam().init(params)
+    nu = {"w": jax.device_put(jnp.ones((16, 4)).at[15, 3].set(-1.0), sharding)}
+    with pytest.raises(ValueError, match=r"^opt_state.nu\['w'\] has a negative entry"):
+        from_adamw(opt_state._replace(nu=nu), OURS, params)
+
+
+@pytest.mark.parametrize("how", CONVERSIONS)
+def test_traced_values_are_not_checked(how: str):
+    """An array that the traced function closes over is known, and is checked."""
+    convert, name = CONVERSIONS[how][0], PLACES[how][0][-1]
+    opt_state = broken(how, name, with_leaf(-jnp.ones((2, 3))))
+    state = jax.jit(convert)(opt_state)
+    assert jnp.all(state.nu["w"] == -1)
+    with pytest.raises(ValueError, match=rf"opt_state.{name}\['w'\] has a negative"):
+        jax.jit(lambda: convert(opt_state))()
+    good = CONVERSIONS[how][1].init(PARAMS)
+    assert tree_type(jax.jit(lambda: convert(good))()) == tree_type(convert(good))

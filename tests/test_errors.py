@@ -37,6 +37,7 @@ from .helpers import loss_of_arrays, make_mlp
 MODEL = make_mlp()
 GRADS = eqx.filter_grad(loss_of_arrays)(MODEL)
 OPTIM = AdEMAMix(1e-3)
+ADAM = optax.adam(1e-3)
 STATE = init(OPTIM, MODEL)
 DECAYING = AdEMAMix(1e-3, weight_decay=0.1, weight_decay_mask=decay_mask(MODEL))
 SWAPPED = eqx.nn.MLP(3, 2, 5, 2, key=jax.random.key(1))  # another width
@@ -50,6 +51,20 @@ SIMPLIFIED = SimplifiedAdEMAMix(1e-3)
 
 COMPACT = AdEMAMix(1e-3, state_format=helpers.COMPACT)
 COMPACT_STATE = init(COMPACT, MODEL)
+
+
+def stepped(**fields: Any) -> Any:
+    return update(AdEMAMix(**{"learning_rate": 1e-3, **fields}), GRADS, STATE, MODEL)
+
+
+class Complement(eqx.Module):
+    """A schedule of `b3` whose complement is out of range."""
+
+    def __call__(self, count: Any) -> float:
+        return 0.5
+
+    def complement(self, count: Any) -> float:
+        return 0.0
 
 
 class Untupled(AbstractCodec):
@@ -78,6 +93,11 @@ COMPENSATED = Compensated(OPTIM)
 STATE16 = init(COMPENSATED, MODEL16)
 SGD = Compensated(optax.sgd(1e-3))
 SGD_STATE = init(SGD, MODEL16)
+ADAM_STATE = init(optax.adam(1e-3), MODEL)
+
+
+def counted(count: int) -> Any:
+    return optax.ScaleByScheduleState(jnp.asarray(count, jnp.int32))
 
 
 def put(tree: Any, where: Any, value: Any) -> Any:
@@ -90,6 +110,13 @@ def grads(where: Any, value: Any) -> Any:
 
 def state(where: Any, value: Any) -> Any:
     return lambda: update(OPTIM, GRADS, put(STATE, where, value), MODEL)
+
+
+NEGATIVE = put(STATE, lambda s: s.count, jnp.asarray(-5))
+
+
+def simplified_state(num: float) -> Any:
+    return put(init(SIMPLIFIED, MODEL), lambda s: s.num, jnp.asarray(num))
 
 
 def params(value: Any) -> Any:
@@ -259,20 +286,67 @@ CASES = (
     (
         "optimizer last",
         lambda: update(GRADS, STATE, OPTIM),
-        "`optim` is an `MLP`, but an optimizer of this package",
+        "`optim` is an `MLP`, but an optimizer of this package or of optax was expected",
     ),
     (
         "optax's optimizer",
-        lambda: init(optax.adam(1e-3), MODEL),
-        "`optim` is a `GradientTransformation",
+        lambda: init(optax.adam, MODEL),
+        "`optim` is the function `adam`, but an optimizer of this package or of optax",
+    ),
+    (
+        "an object without update",
+        lambda: update(eqx.nn.Identity(), GRADS, STATE, MODEL),
+        "`optim` is an `Identity`, but an optimizer of this package or of optax",
+    ),
+    (
+        "None for optax",
+        lambda: update(ADAM, put(GRADS, W0, None), init(ADAM, MODEL), MODEL),
+        r"grads\.layers\[0\]\.weight is None, but `params` has a float32 array of shape \(4, 3\) there, "
+        r"and an optax optimizer trains every array",
+    ),
+    (
+        "another shape for optax",
+        lambda: update(ADAM, put(GRADS, W0, jnp.ones(3)), init(ADAM, MODEL), MODEL),
+        r"grads\.layers\[0\]\.weight is a float32 array of shape \(3,\), "
+        r"but `params` has a float32 array of shape \(4, 3\) there. Take the gradients",
+    ),
+    (
+        "another model for optax",
+        lambda: update(ADAM, GRADS, init(ADAM, DEEPER), DEEPER),
+        r"grads\.layers is a tuple of length 3, but `params` has a tuple of length 4",
+    ),
+    (
+        "the frozen part for optax",
+        lambda: update(ADAM, GRADS, init(ADAM, MODEL), put(MODEL, W0, None)),
+        r"grads\.layers\[0\]\.weight is a float32 array of shape \(4, 3\), but `params` has None",
+    ),
+    (
+        "the model as gradients for optax",
+        lambda: update(ADAM, MODEL, init(ADAM, MODEL), MODEL),
+        r"grads\.activation is the function `relu`, but a gradient is an array",
+    ),
+    (
+        "nothing to train for optax",
+        lambda: init(ADAM, {"a": 1.0, "b": "name"}),
+        "`params` has 2 leaves, but none of them is a floating-point or complex array",
     ),
     (
         "model first",
         lambda: init(MODEL, OPTIM),
         "`optim` is an `MLP`, "
-        "but an optimizer of this package was expected. Check the order of the arguments",
+        "but an optimizer of this package or of optax was expected, .* Check the order",
     ),
     # the state
+    (
+        "without m2_weight",
+        lambda: update(AdEMAMix(1, bias_correct_m2=True), GRADS, STATE, MODEL),
+        r"state\.m2_weight is None, but this optimizer keeps one. Was `bias_correct_m2`",
+    ),
+    (
+        "with m2_weight",
+        lambda: update(OPTIM, GRADS, init(AdEMAMix(1, bias_correct_m2=True), MODEL)),
+        r"state\.m2_weight is a float32 array of shape \(\), but this optimizer keeps none",
+    ),
     (
         "of another model",
         lambda: update(OPTIM, GRADS, init(OPTIM, SWAPPED), MODEL),
@@ -296,7 +370,7 @@ CASES = (
     (
         "of b1=0",
         lambda: update(OPTIM, GRADS, init(AdEMAMix(1, b1=0), MODEL), MODEL),
-        r"state\.m1\.layers\[0\]\.weight is None, but state\.m2 has a float32 array",
+        r"state\.m1 has no moments, but this optimizer has a `b1` above 0",
     ),
     (
         "for b1=0",
@@ -376,6 +450,51 @@ CASES = (
         r"but an int32 array of shape \(\) was expected",
     ),
     (
+        "count negative",
+        lambda: update(OPTIM, GRADS, NEGATIVE, MODEL),
+        r"^state\.count is -5, but a number of steps >= 0 was expected\. Pass on the state",
+    ),
+    (
+        "count_m2 negative, of NumPy",
+        state(lambda s: s.count_m2, np.asarray(-1, np.int32)),
+        r"^state\.count_m2 is -1, but a number of steps >= 0",
+    ),
+    (
+        "count negative, hyperparams",
+        lambda: hyperparams(OPTIM, NEGATIVE),
+        r"^state\.count is -5, but a number of steps >= 0",
+    ),
+    (
+        "count negative, in a constant of jit",
+        lambda: jax.jit(lambda: update(OPTIM, GRADS, NEGATIVE, MODEL)[0].layers)(),
+        r"^state\.count is -5, but a number of steps >= 0",
+    ),
+    (
+        "count negative, Compensated",
+        lambda: update(
+            COMPENSATED,
+            GRADS16,
+            put(STATE16, lambda s: s.count, jnp.asarray(-5)),
+            MODEL16,
+        ),
+        r"^state\.count is -5, but a number of steps >= 0",
+    ),
+    (
+        "num negative",
+        lambda: update(SIMPLIFIED, GRADS, simplified_state(-1.0), MODEL),
+        r"^state\.num is -1\.0, but a finite sum of weights >= 0 was expected",
+    ),
+    (
+        "num NaN",
+        lambda: update(SIMPLIFIED, GRADS, simplified_state(np.nan), MODEL),
+        r"^state\.num is nan, but a finite sum of weights >= 0",
+    ),
+    (
+        "num infinite, hyperparams",
+        lambda: hyperparams(SIMPLIFIED, simplified_state(np.inf)),
+        r"^state\.num is inf, but a finite sum of weights >= 0",
+    ),
+    (
         "batched",
         lambda: update(
             OPTIM,
@@ -412,7 +531,7 @@ CASES = (
     (
         "hyperparams of no state",
         lambda: hyperparams(OPTIM, MODEL),
-        "`state` is an `MLP`, but an `AdEMAMixState`",
+        "`state` has no states of AdEMAMix, but one was expected. Found in it: MLP. Pass",
     ),
     # parameters
     (
@@ -796,6 +915,68 @@ CASES = (
         "`state_format` is .*, but a `StateFormat` was expected",
     ),
     (
+        "b3 of a schedule above 1",
+        lambda: stepped(b3=lambda count: 2.0),
+        r"`b3\(count\)` is 2.0, but a number in \[0, 1\) was expected",
+    ),
+    (
+        "b3 of a schedule 1",
+        lambda: stepped(b3=lambda count: 1),
+        r"`b3\(count\)` is 1.0, but a number in \[0, 1\)",
+    ),
+    (
+        "b3 of a schedule NaN",
+        lambda: stepped(b3=lambda count: np.nan),
+        r"`b3\(count\)` is nan, but a number in \[0, 1\)",
+    ),
+    (
+        "b3 of a schedule, an array",
+        lambda: stepped(b3=lambda count: jnp.asarray(1.5)),
+        r"`b3\(count\)` is 1.5, but a number in \[0, 1\)",
+    ),
+    (
+        "alpha of a schedule negative",
+        lambda: stepped(alpha=lambda count: -5.0),
+        r"`alpha\(count\)` is -5.0, but a finite number >= 0 was expected",
+    ),
+    (
+        "rate of a schedule NaN",
+        lambda: stepped(learning_rate=lambda count: float("nan")),
+        r"`learning_rate\(count\)` is nan, but a finite number was expected",
+    ),
+    (
+        "decay of a schedule negative",
+        lambda: stepped(weight_decay=lambda count: np.float32(-1)),
+        r"`weight_decay\(count\)` is -1.0, but a finite number >= 0",
+    ),
+    (
+        "schedule in a jitted step",
+        lambda: eqx.filter_jit(stepped)(b3=lambda count: 2.0),
+        r"`b3\(count\)` is 2.0, but a number in \[0, 1\)",
+    ),
+    (
+        "b1 of a schedule, simplified",
+        lambda: update(
+            SimplifiedAdEMAMix(1, lambda count: 1.0), GRADS, init(SIMPLIFIED, MODEL)
+        ),
+        r"`b1\(count\)` is 1.0, but a number in \[0, 1\)",
+    ),
+    (
+        "complement of a schedule",
+        lambda: stepped(b3=Complement()),
+        r"`b3.complement\(count\)` is 0.0, but a number in \(0, 1\] was expected",
+    ),
+    (
+        "the warm-up as the start",
+        lambda: eqx_ademamix.alpha_scheduler(5.0, 1000),
+        "`alpha_start` is 1000, above the final value 5, but without a warm-up it has no effect",
+    ),
+    (
+        "a start of b3 without a warm-up",
+        lambda: eqx_ademamix.beta3_scheduler(0.9, 0.99),
+        "`beta_start` is 0.99, above the final value 0.9, but without a warm-up",
+    ),
+    (
         "format of integers",
         lambda: StateFormat(jnp.int8, jnp.float32, jnp.float32),
         r"`StateFormat\(m1=...\)` is .*, but one of the dtypes float16, bfloat16",
@@ -958,13 +1139,13 @@ CASES = (
     (
         "report of a model",
         lambda: eqx_ademamix.state_report(MODEL),
-        "`state` is an `MLP` with no states of AdEMAMix in it, but one was expected",
+        "`state` has no states of AdEMAMix, but one was expected. Found in it: MLP. Pass",
     ),
     # Compensated
     (
         "no optimizer",
         lambda: Compensated(1e-3),
-        "`optim` is the float 0.001, but an optimizer with the methods `init` and `update`",
+        "`optim` is the float 0.001, but an optimizer of this package or of optax",
     ),
     (
         "an optimizer's class",
@@ -995,7 +1176,12 @@ CASES = (
     ),
     (
         "cast since, from float32",
-        lambda: update(COMPENSATED, GRADS16, init(COMPENSATED, MODEL), MODEL16),
+        lambda: update(
+            COMPENSATED,
+            GRADS16,
+            init(COMPENSATED, eqx.tree_at(B2, MODEL, B2(MODEL16))),
+            MODEL16,
+        ),
         r"params\.layers\[0\]\.weight has dtype bfloat16, but the state keeps no remainder for it",
     ),
     (
@@ -1028,11 +1214,55 @@ CASES = (
         "`params` has 1 leaves, but none of them is a floating-point",
     ),
     (
-        "hyperparams of Compensated",
-        lambda: hyperparams(COMPENSATED, STATE16),
-        r""
-        r"`optim` is a `Compensated`, which wraps an optimizer, .* Pass `optim.optim`, "
-        r"and with it `state.inner_state`",
+        "hyperparams of a chain",
+        lambda: hyperparams(optax.chain(OPTIM), STATE),
+        "`optim` is a `GradientTransformationExtraArgs`, but an optimizer of this package was "
+        "expected. Pass the optimizer of this package that is inside",
+    ),
+    (
+        "decoded without a state",
+        lambda: eqx_ademamix.decoded(SGD_STATE),
+        "`state` has no states of AdEMAMix, but at least one was expected. Found in it: "
+        "CompensatedState, EmptyState. Pass",
+    ),
+    (
+        "a target without AdEMAMix",
+        lambda: eqx_ademamix.from_adamw(ADAM_STATE, optax.sgd(1e-3), MODEL),
+        "`optim` is a `GradientTransformationExtraArgs`, whose state has no states of AdEMAMix, "
+        "but one was expected. Found in it: EmptyState. Pass an optimizer of this package",
+    ),
+    (
+        "counters that differ",
+        lambda: eqx_ademamix.from_adamw(
+            (ADAM_STATE, *map(counted, (3, 7))),
+            optax.chain(OPTIM, optax.scale_by_schedule(lambda count: count)),
+            MODEL,
+        ),
+        r"`opt_state` has 2 counters `ScaleByScheduleState\.count` \(3, 7\), but the state of "
+        "`optim` has 1, so it is ambiguous with which number",
+    ),
+    (
+        "Simplified AdEMAMix in a chain",
+        lambda: eqx_ademamix.from_optax(
+            eqx_ademamix.to_optax(init(SIMPLIFIED, MODEL)),
+            optax.chain(SIMPLIFIED),
+            MODEL,
+        ),
+        "`optim` is a `GradientTransformationExtraArgs`, but `num` is computed from the `b1` of the",
+    ),
+    (
+        "no m1 in another format",
+        lambda: eqx_ademamix.change_state_format(
+            init(AdEMAMix(1e-3, b1=0), MODEL), OPTIM, MODEL
+        ),
+        "`state` has no `m1`, since its optimizer has `b1=0`, but `optim` needs one",
+    ),
+    (
+        "a batch of states",
+        lambda: hyperparams(
+            OPTIM, put(STATE, lambda s: s.count, jnp.zeros(2, jnp.int32))
+        ),
+        r"state\.count is an int32 array of shape \(2,\), but a scalar was expected. For a batch",
     ),
     (
         "a flag that is a number",
@@ -1052,7 +1282,7 @@ CASES = (
     (
         "extend Compensated",
         lambda: eqx_ademamix.extend(COMPENSATED, STATE16, warmup=9),
-        "`optim` is a `Compensated`, which wraps an optimizer",
+        "`optim` is a `Compensated`, but this function supports only an `AdEMAMix`",
     ),
     (
         "bits a float",
@@ -1116,7 +1346,7 @@ CASES = (
     (
         "learning rate None",
         scheduled("learning_rate", lambda count: None),
-        r"`learning_rate\(count\)` is None, but a real number was expected",
+        r"`learning_rate\(count\)` is None, but a finite number was expected",
     ),
     (
         "b3 complex",
@@ -1213,6 +1443,14 @@ def test_traced_hyperparameters_are_left_alone():
     assert step(0.9, -1.0, 0.0).shape == (2,)
 
 
+def test_traced_counters_are_left_alone():
+    where = lambda s: (s.count, s.count_m2)
+    bad = put(STATE, where, (jnp.asarray(-5), jnp.asarray(-5)))
+    _, after = eqx.filter_jit(update)(OPTIM, GRADS, bad, MODEL)
+    assert (after.count, after.count_m2) == (-4, -4)
+    assert eqx.filter_jit(hyperparams)(OPTIM, bad).b1 == np.float32(0.9)
+
+
 @pytest.mark.parametrize("rate", (0, -1e-3, jnp.asarray(-1.0)))
 def test_zero_and_negative_learning_rates_are_legal(rate: Any):
     updates, _ = AdEMAMix(rate).update(jnp.ones(2), OPTIM.init(jnp.ones(2)))
@@ -1226,8 +1464,9 @@ def test_the_net_behind_our_checks():
     from eqx_ademamix import _step
 
     def core(*leaves: Any) -> Any:
-        rest = OPTIM.resolve(STATE), (STATE.count, np.uint32(0))
-        return _step._leaf_step(AdEMAMix, STATE.names, False, *leaves, *rest)
+        rest = None, OPTIM.resolve(STATE), (STATE.count, np.uint32(0))
+        decay = _step.WeightDecay.none
+        return _step._leaf_step(AdEMAMix, STATE.names, decay, *leaves, *rest)
 
     trees: Any = GRADS, STATE.m2, STATE.nu, STATE.m1, MODEL
     good = [W0(tree) for tree in trees]

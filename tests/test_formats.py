@@ -189,7 +189,7 @@ def test_report():
 def test_report_of_something_else(tree: Any):
     if tree == "two":
         tree = [AdEMAMix(1e-3).init(jnp.ones(2))] * 2
-    with pytest.raises(ValueError, match=r"`state` is .* states of AdEMAMix in it"):
+    with pytest.raises(ValueError, match=r"`state` has .* states of AdEMAMix, but one"):
         state_report(tree)
 
 

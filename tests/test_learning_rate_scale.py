@@ -8,13 +8,20 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
+import optax
 import pytest
 
-from eqx_ademamix import learning_rate_report, path_scales
+import eqx_ademamix
+from eqx_ademamix import (
+    AdEMAMix,
+    SimplifiedAdEMAMix,
+    learning_rate_report,
+    path_scales,
+)
 from eqx_ademamix._learning_rate_scale import as_scales, checked_scales
 from eqx_ademamix._paths import flatten
 
-from .helpers import count_traces, make_mlp, make_zoo, x64
+from .helpers import count_traces, make_mlp, make_zoo, tree_type, x64
 
 
 def scales_of(model: Any, rules: Any) -> dict[str, Any]:
@@ -228,7 +235,8 @@ def test_infinite_scales(value: Any):
     text = r"`learning_rate_scale\['a'\]` is .* finite number"
     with pytest.raises(ValueError, match=text):
         checked_scales({"a": value})
-    assert jnp.shape(jax.jit(checked_scales)(jnp.asarray(value))) == np.shape(value)
+    traced = jnp.full(np.shape(value), np.nan)  # is not checked
+    assert jax.jit(checked_scales)(traced).shape == np.shape(value)
 
 
 #
@@ -285,3 +293,267 @@ def test_report_of_a_traced_scale():
 
     show(jnp.asarray(1.0))
     show(jnp.ones(2))
+
+
+#
+# In an optimizer
+#
+
+CONFIGS = (
+    (AdEMAMix, dict(b3=0.99, alpha=2.0)),
+    (AdEMAMix, dict(b3=0.99, weight_decay=0.1, weight_decay_mask=lambda x: x.ndim > 1)),
+    (SimplifiedAdEMAMix, dict(weight_decay=0.1)),
+    (SimplifiedAdEMAMix, dict(normalize=True)),
+)
+IDS = ("AdEMAMix", "AdEMAMix with decay", "Simplified with decay", "normalized")
+optimizers = pytest.mark.parametrize("cls,kwargs", CONFIGS, ids=IDS)
+
+
+def grads_of(model: Any, step: int) -> Any:
+    """Arbitrary gradients, equal for equal models and steps."""
+    arrays = eqx.filter(model, eqx.is_inexact_array)
+    return jax.tree.map(lambda x: jnp.cos(x * (step + 1)), arrays)
+
+
+def run(optim: Any, model: Any, steps: int = 3) -> list[tuple[Any, Any]]:
+    """The updates and the states of some steps. The model does not change."""
+    state, out = eqx_ademamix.init(optim, model), []
+    update = eqx.filter_jit(eqx_ademamix.update)
+    for step in range(steps):
+        updates, state = update(optim, grads_of(model, step), state, model)
+        out.append((updates, state))
+    return out
+
+
+@optimizers
+def test_a_scaled_leaf_is_a_run_at_that_learning_rate(cls: Any, kwargs: Any):
+    scales = path_scales(MODEL, {r"\[0\]": 0.25, "bias": -0.1, r"\[1\]": 0.0})
+    found = run(cls(1e-2, learning_rate_scale=scales, **kwargs), MODEL)
+    alone = {s: run(cls(1e-2 * s, **kwargs), MODEL) for s in (0.25, -0.1, 0.0, 1.0)}
+    for step, (updates, state) in enumerate(found):
+        pairs = zip(*map(jtu.tree_leaves, (updates, scales)), strict=True)
+        for i, (u, scale) in enumerate(pairs):
+            expected = jtu.tree_leaves(alone[scale][step][0])[i]
+            np.testing.assert_allclose(u, expected, rtol=3e-7)
+        # The moments do not depend on the learning rate.
+        assert eqx.tree_equal(state, alone[1.0][step][1])
+
+
+@optimizers
+def test_powers_of_two_are_exact(cls: Any, kwargs: Any):
+    scales = path_scales(MODEL, {"weight": 0.25, "bias": 2.0})
+    [*_, (scaled, _)] = run(cls(1e-2, learning_rate_scale=scales, **kwargs), MODEL)
+    [*_, (plain, _)] = run(cls(1e-2, **kwargs), MODEL)
+    expected = jax.tree.map(lambda u, s: u * s, plain, scales)
+    assert eqx.tree_equal(scaled, expected)
+
+
+@optimizers
+@pytest.mark.parametrize("one", (1, np.float32(1), {"a": 1.0, "b": [1.0, None]}))
+def test_a_scale_of_one_changes_nothing(cls: Any, kwargs: Any, one: Any):
+    model = {"a": jnp.arange(3.0), "b": [jnp.ones((2, 2)), 3]}
+    plain = run(cls(1e-2, **kwargs), model)
+    assert eqx.tree_equal(
+        run(cls(1e-2, learning_rate_scale=one, **kwargs), model), plain
+    )
+
+
+@optimizers
+def test_stacked_layers_are_single_layers(cls: Any, kwargs: Any):
+    """An array of scales on a stack gives what a number gives on each of its layers."""
+    by_layer = np.asarray([1.0, 0.5, 0.25, -2.0])
+    model = {"stack": {"weight": STACK.weight}, "x": jnp.ones(2)}
+    scales = {"stack": by_layer, "x": 1.0}
+    found = run(cls(1e-2, learning_rate_scale=scales, **kwargs), model)
+    plain = run(cls(1e-2, **kwargs), model)
+    for (scaled, _), (updates, _) in zip(found, plain, strict=True):
+        weight = np.asarray(updates["stack"]["weight"])
+        expected = weight * by_layer.astype(np.float32)[:, None, None]
+        np.testing.assert_array_equal(scaled["stack"]["weight"], expected)
+        np.testing.assert_array_equal(scaled["x"], updates["x"])
+
+
+def test_an_array_as_large_as_the_leaf():
+    scales = np.asarray([[1.0, 0.5], [0.25, 0.0]])
+    params = jnp.ones((2, 2))
+    [(scaled, _)] = run(AdEMAMix(0.5, learning_rate_scale=scales), params, 1)
+    [(plain, _)] = run(AdEMAMix(0.5), params, 1)
+    np.testing.assert_array_equal(scaled, plain * scales.astype(np.float32))
+
+
+@pytest.mark.parametrize("cls", (AdEMAMix, SimplifiedAdEMAMix))
+def test_weight_decay_is_scaled(cls: Any):
+    """With zero gradients, only weight decay changes a parameter."""
+    params = {"a": jnp.asarray([1.0, -2.0]), "b": jnp.asarray([4.0])}
+    optim = cls(0.5, weight_decay=0.25, learning_rate_scale={"a": 0.5, "b": 1.0})
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = eqx_ademamix.update(
+        optim, zeros, eqx_ademamix.init(optim, params), params
+    )
+    assert updates["a"].tolist() == [-0.0625, 0.125] and updates["b"].tolist() == [-0.5]
+
+
+@pytest.mark.parametrize("cls", (AdEMAMix, SimplifiedAdEMAMix))
+def test_decoupled_weight_decay_is_not_scaled(cls: Any):
+    params = {"a": jnp.asarray([1.0, -2.0]), "b": jnp.asarray([4.0])}
+    optim = cls(
+        0.5,
+        weight_decay=0.25,
+        decoupled_weight_decay=True,
+        learning_rate_scale={"a": 0.5, "b": np.zeros(1)},
+    )
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    state = eqx_ademamix.init(optim, params)
+    updates, _ = eqx_ademamix.update(optim, zeros, state, params)
+    assert updates["a"].tolist() == [-0.25, 0.5] and updates["b"].tolist() == [-1.0]
+
+
+def test_traced_scales_do_not_retrace():
+    counted, traces = count_traces(eqx_ademamix.update)
+    step = eqx.filter_jit(counted)
+    state = eqx_ademamix.init(AdEMAMix(1e-2), MODEL)
+    grads = grads_of(MODEL, 0)
+    [(plain, _)] = run(AdEMAMix(1e-2), MODEL, 1)
+    for value in (0.5, 0.25, 2.0):
+        scales = path_scales(MODEL, {"weight": jnp.asarray(value)})
+        updates, _ = step(
+            AdEMAMix(1e-2, learning_rate_scale=scales), grads, state, MODEL
+        )
+        expected = plain.layers[1].weight * value
+        np.testing.assert_allclose(updates.layers[1].weight, expected, rtol=3e-7)
+        bias = plain.layers[1].bias
+        np.testing.assert_allclose(updates.layers[1].bias, bias, rtol=3e-7)
+    assert len(traces) == 1
+    for value in (0.5, 0.25, 0.5):  # Python numbers are static
+        scales = path_scales(MODEL, {"weight": value})
+        step(AdEMAMix(1e-2, learning_rate_scale=scales), grads, state, MODEL)
+    assert len(traces) == 3
+
+
+def test_scales_made_under_jit():
+    """The argument of plain `jax.jit` reaches the optimizer as a traced value."""
+
+    @jax.jit
+    def step(scale: Any, grads: Any) -> Any:
+        optim = AdEMAMix(0.5, learning_rate_scale={"a": scale, "b": 1})
+        return optim.update(grads, optim.init(grads))[0]
+
+    grads = {"a": jnp.ones((2, 3)), "b": jnp.ones(2)}
+    once, halved = step(jnp.asarray(1.0), grads), step(jnp.asarray(0.5), grads)
+    np.testing.assert_array_equal(halved["a"], once["a"] * 0.5)
+    np.testing.assert_array_equal(halved["b"], once["b"])
+    rows = step(jnp.asarray([1.0, 0.5]), grads)
+    np.testing.assert_array_equal(rows["a"][0], once["a"][0])
+    np.testing.assert_array_equal(rows["a"][1], halved["a"][1])
+
+
+def test_a_sweep_over_a_scale():
+    grads = grads_of(MODEL, 0)
+
+    def step(scale: Any) -> Any:
+        scales = path_scales(MODEL, {"weight": scale})
+        optim = AdEMAMix(1e-2, learning_rate_scale=scales)
+        return optim.update(grads, optim.init(MODEL), MODEL)[0]
+
+    values = jnp.asarray([0.25, 1.0, 4.0])
+    swept = eqx.filter_vmap(step)(values)
+    for i, value in enumerate(values):
+        alone = step(value)
+        for a, b in zip(*map(jtu.tree_leaves, (swept, alone)), strict=True):
+            np.testing.assert_array_equal(a[i], b)
+
+    # The optimizers themselves can be a batch, too.
+    make = lambda scale: AdEMAMix(1e-2, learning_rate_scale={"w": scale})
+    optims = eqx.filter_vmap(make)(values)
+    assert optims.learning_rate_scale["w"].shape == (3,)
+    params = {"w": jnp.ones((2, 2))}
+    over = eqx.filter_vmap(
+        lambda optim: optim.update(params, optim.init(params))[0],
+        in_axes=(eqx.if_array(0),),
+    )
+    updates = over(optims)["w"]
+    np.testing.assert_array_equal(updates[2], updates[1] * 4)
+
+
+@pytest.mark.parametrize("dtype", (jnp.bfloat16, jnp.float16, jnp.complex64))
+@pytest.mark.parametrize("scale", (0.5, np.asarray([0.5, 0.25])))
+def test_dtypes_do_not_change(dtype: Any, scale: Any):
+    params = jnp.ones((2, 3), dtype)
+    optim = AdEMAMix(0.5, weight_decay=0.5, learning_rate_scale=scale)
+    state = eqx_ademamix.init(optim, params)
+    updates, new = eqx_ademamix.update(optim, params, state, params)
+    assert updates.dtype == dtype and tree_type(new) == tree_type(state)
+    plain, _ = eqx_ademamix.update(
+        AdEMAMix(0.5, weight_decay=0.5), params, state, params
+    )
+    np.testing.assert_array_equal(updates[0], plain[0] * jnp.asarray(0.5, dtype))
+
+
+def test_frozen_leaves_need_no_scale():
+    nothing = jax.tree.map(lambda _: False, MODEL)
+    head = eqx.tree_at(lambda m: m.layers[2], nothing, True)
+    scales = eqx.tree_at(
+        lambda m: m.layers, WHOLE, (None, None, 0.5), is_leaf=lambda x: x is None
+    )
+    optim = AdEMAMix(1e-2, trainable=head, learning_rate_scale=scales)
+    [(updates, _)] = run(optim, MODEL, 1)
+    [(plain, _)] = run(AdEMAMix(1e-2), MODEL, 1)
+    assert updates.layers[0].weight is None
+    half = plain.layers[2].weight * 0.5
+    np.testing.assert_array_equal(updates.layers[2].weight, half)
+
+
+def test_scales_inside_optax(standard_promotion: Any):
+    """In `optax.chain`, and as an argument that `inject_hyperparams` leaves alone."""
+    scales = {"a": 0.5, "b": jnp.asarray([1.0, 0.25])}
+    params = {"a": jnp.ones(3), "b": jnp.ones((2, 2))}
+    optim: Any = AdEMAMix(0.5, learning_rate_scale=scales)
+    [(expected, _)] = run(optim, params, 1)
+    trees_and_flags = (
+        "weight_decay_mask",
+        "trainable",
+        "state_format",
+        "learning_rate_scale",
+        "bias_correct_m2",
+        "decoupled_weight_decay",
+    )
+    cls: Any = AdEMAMix
+    injected = optax.inject_hyperparams(cls, static_args=trees_and_flags)
+    for other in (
+        optax.chain(optim, optax.identity()),
+        injected(0.5, learning_rate_scale=scales),
+    ):
+        updates, _ = other.update(grads_of(params, 0), other.init(params), params)
+        assert eqx.tree_equal(updates, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "scales,text",
+    (
+        ([1.0], "^learning_rate_scale is a list of length 1, but the parameters have"),
+        (
+            np.ones(5),
+            r"^`learning_rate_scale` has shape \(5,\) at \.layers\[0\]\.weight",
+        ),
+        (None, r"^`learning_rate_scale\.layers\[0\]\.weight` is None, but a scale"),
+    ),
+)
+def test_scales_that_do_not_fit(scales: Any, text: str):
+    for optim in (AdEMAMix(1, learning_rate_scale=scales),
+                  SimplifiedAdEMAMix(1, learning_rate_scale=scales)):  # fmt: skip
+        with pytest.raises((ValueError, TypeError), match=text):
+            eqx_ademamix.init(optim, MODEL)
+    state = eqx_ademamix.init(AdEMAMix(1), MODEL)
+    with pytest.raises((ValueError, TypeError), match=text):
+        AdEMAMix(1, learning_rate_scale=scales).update(grads_of(MODEL, 0), state)
+
+
+@pytest.mark.parametrize("cls", (AdEMAMix, SimplifiedAdEMAMix))
+def test_scales_are_checked_when_the_optimizer_is_made(cls: Any):
+    with pytest.raises(TypeError, match=r"`learning_rate_scale\['a'\]` is the bool"):
+        cls(1e-3, learning_rate_scale={"a": True})
+    with pytest.raises(ValueError, match=r"`learning_rate_scale\['a'\]` is nan, but"):
+        cls(1e-3, learning_rate_scale={"a": np.nan})
+    optim = cls(1e-3, learning_rate_scale={"a": np.float32(0.5), "b": None, "c": 0})
+    assert optim.learning_rate_scale == {"a": 0.5, "b": None, "c": 0.0}
+    assert hash(optim) == hash(cls(1e-3, learning_rate_scale=optim.learning_rate_scale))

@@ -1687,11 +1687,11 @@ ERRORS: dict[str, Any] = {
     "no state": (updated(OPTIM, None), f"`state` is None, but a {MINE} was expected"),
     "hyperparams of a state of AdEMAMix": (
         lambda: hyperparams(OPTIM, init(ADEMAMIX, MODEL)),
-        f"`state` is an {OTHERS}, but a {MINE} was expected",
+        f"`state` has no states of SimplifiedAdEMAMix, .* Found in it: {OTHERS}",
     ),
     "hyperparams of AdEMAMix": (
         lambda: hyperparams(ADEMAMIX, STATE),
-        f"`state` is a {MINE}, but an {OTHERS} was expected",
+        f"`state` has no states of AdEMAMix, .* Found in it: {MINE}",
     ),
     "swapped": (
         lambda: update(OPTIM, STATE, GRADS, MODEL),

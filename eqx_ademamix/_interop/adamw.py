@@ -1,22 +1,32 @@
 """From AdamW to AdEMAMix in the middle of a run, and back."""
 
+from typing import Any, overload
+
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
 
-from .._ademamix import AdEMAMix
-from .._checks import check_supported
 from .._inspection import find
+from .._optimizer import AbstractOptimizer, OptaxOptimizer, State
 from .._paths import Node, is_entry
 from .._state import AdEMAMixState
 from .._storage.codec import Encoded, Stored
 from .._typing import no_type_check
 from .adopt import adopted, copied, copies, our_state
+from .target import blank_state, continued
 
 
+@overload
+def from_adamw(
+    opt_state: PyTree, optim: AbstractOptimizer[State], params: PyTree
+) -> State: ...
+@overload
+def from_adamw(opt_state: PyTree, optim: OptaxOptimizer, params: PyTree) -> Any: ...
 @no_type_check
-def from_adamw(opt_state: PyTree, optim: AdEMAMix, params: PyTree) -> AdEMAMixState:
+def from_adamw(
+    opt_state: PyTree, optim: AbstractOptimizer[Any] | OptaxOptimizer, params: PyTree
+) -> Any:
     """Moves a run of `optax.adam` or `optax.adamw` to AdEMAMix.
 
     `m1`, `nu` and `count` continue from their present values. `m2` and `count_m2` start
@@ -30,17 +40,30 @@ def from_adamw(opt_state: PyTree, optim: AdEMAMix, params: PyTree) -> AdEMAMixSt
         `optax.inject_hyperparams`, `optax.MultiSteps` (at the end of an accumulation:
         accumulated gradients are not carried over), ... (`optax.adamax` has a state of
         the same class, but with another meaning.)
-    - `optim`: the optimizer that continues the run.
+    - `optim`: the optimizer that continues the run: an [`eqx_ademamix.AdEMAMix`][], an
+        [`eqx_ademamix.Compensated`][], or an optax optimizer such as `optax.chain(...)`
+        that contains exactly one `AdEMAMix`.
     - `params`: the model.
 
     **Returns:**
 
-    The state of `optim`, in its own format. It shares no buffer with `opt_state`.
+    The state of `optim`, in its own format: what `init` returns, with the moments of
+    Adam, and with these parts of `opt_state`. It shares no buffer with `opt_state`.
+
+    - The counters of optax's schedules (in `optax.scale_by_schedule`,
+        `optax.inject_hyperparams`, and the `gradient_step` of `optax.MultiSteps`).
+        Where `opt_state` has as many of a kind as the new state, they are matched in
+        order. If not, they must be equal. Where it has none, the schedules continue
+        at Adam's `count`, and injected schedules of `b3` and `alpha` start at 0.
+    - The remainders of a `Compensated`, if the new state has remainders with the same
+        number of bits. Otherwise, the run continues from the 16-bit parameters.
 
     **Raises:**
 
-    - `ValueError`: if `opt_state` has no Adam state or more than one, or the state of
-        another model.
+    - `ValueError`: if `opt_state` has no Adam state or more than one, the state of
+        another model, or illegal values (such as NaN, or a negative `nu`); if `optim`
+        does not contain exactly one `AdEMAMix`; or if it is ambiguous with which number
+        a schedule continues.
 
     !!! Example
 
@@ -60,18 +83,19 @@ def from_adamw(opt_state: PyTree, optim: AdEMAMix, params: PyTree) -> AdEMAMixSt
         assert state.count == 1 and state.count_m2 == 0
         ```
     """
-    check_supported(optim, AdEMAMix)
+    tree, blank = blank_state(optim, params, AdEMAMixState)
     adam = find(opt_state, _is_adam, "of Adam or AdamW")
-    blank = optim.init(params)
     m1 = adopted("opt_state.mu", adam.mu, blank.m2, blank.m1)
     nu = adopted("opt_state.nu", adam.nu, blank.m2, blank.nu, is_real=True)
-    return AdEMAMixState(
+    ours = AdEMAMixState(
         count=copied(adam.count, jnp.int32),
         count_m2=blank.count_m2,
         m1=m1,
         m2=jax.tree.map(_zeros_sharded_as, nu, blank.m2, is_leaf=is_entry),
         nu=nu,
+        m2_weight=blank.m2_weight,
     )
+    return continued(tree, ours, opt_state)
 
 
 @no_type_check

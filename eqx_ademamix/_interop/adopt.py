@@ -1,14 +1,19 @@
 """Moments of another optimizer, stored as our own are."""
 
+from types import ModuleType
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
 from .._checks import checked_leaves
 from .._filters import trained_arrays
 from .._inspection import decoded, find
-from .._numerics import DTypeLike, cast, compute_dtype
-from .._paths import Node, flatten
+from .._numerics import DType, DTypeLike, cast, complex_dtype, compute_dtype
+from .._paths import Node, flatten, path_text
 from .._state import AdEMAMixState
 from .._storage.codec import Stored, encode_like
 
@@ -36,25 +41,83 @@ def adopted(
         keep_extra=True,
         complex_too=not is_real,
     )
-    pairs = zip(found, flatten(own).values, strict=True)
+    places = zip(like.paths, found, flatten(own).values, strict=True)
     return like.rebuilt(
-        [None if x is None or y is None else in_format(x, y) for x, y in pairs]
+        [
+            None
+            if x is None or y is None
+            else in_format(f"{name}{path_text(path)}", x, y, is_square=is_real)
+            for path, x, y in places
+        ]
     )
 
 
-def in_format(x: Array, own: Stored) -> Stored:
-    """A copy of a moment, stored as our own of that parameter is."""
+def in_format(
+    where: str, x: Array | np.ndarray, own: Stored, *, is_square: bool
+) -> Stored:
+    """A copy of a moment, stored as our own of that parameter is, once its values are
+    known to be legal. `is_square` says that it is `nu`."""
+    _check_values(where, x, own, is_square)
+    x = jnp.asarray(x)
     if own.dtype.kind != "c":
         x = jnp.real(x)  # optax starts the `nu` of a complex parameter complex
     real = compute_dtype(x.dtype, own.dtype)
-    return copies(encode_like(cast(jnp.asarray(x), real), own))
+    return copies(encode_like(cast(x, real), own))
+
+
+def _check_values(
+    where: str, x: Array | np.ndarray, own: Stored, is_square: bool
+) -> None:
+    """Checks that no entry is NaN or infinite, and that those of `nu` are real and not
+    negative, as long as the values are known."""
+    if isinstance(x, Tracer):
+        return
+    dtype = compute_dtype(own.dtype)
+    flaws = _flaws(x, dtype, is_square)
+    if flaws:
+        numbers = "real numbers >= 0" if is_square else "finite numbers"
+        raise ValueError(
+            f"{where} has {flaws[0]} (in {dtype.name}), but {numbers} were expected. "
+            "Did the run diverge? Then convert a checkpoint from before that."
+        )
+
+
+_FLAWS = ("a NaN", "an infinite entry", "a negative entry", "a complex entry")
+
+
+def _flaws(x: Array | np.ndarray, dtype: DType, is_square: bool) -> list[str]:
+    if isinstance(x, np.ndarray):  # JAX may round float64 to float32 without a word
+        found = _flaw_flags(np, dtype, is_square, x)
+    else:
+        # An array may be concrete inside of a traced function, too.
+        with jax.ensure_compile_time_eval():
+            found = jax.device_get(_flaw_flags_on_device(jnp, dtype, is_square, x))
+    return [flaw for flaw, flag in zip(_FLAWS, found, strict=True) if flag]
+
+
+def _flaw_flags(numpy: ModuleType, dtype: DType, is_square: bool, x: Any) -> list[Any]:
+    """Whether a moment has each of the flaws, in the dtype of the arithmetic, where a
+    large number may be infinite. (The least and the greatest entry would not do: the
+    minimum and maximum of XLA may lose a NaN.)"""
+    with np.errstate(over="ignore"):
+        x = x.astype(complex_dtype(dtype) if jnp.iscomplexobj(x) else dtype)
+    return [
+        numpy.any(numpy.isnan(x)),
+        numpy.any(numpy.isinf(x)),
+        is_square and numpy.any(x.real < 0),
+        is_square and numpy.any(x.imag != 0),
+    ]
+
+
+# Jitted, so that the arrays stay on their devices and no copies of them are made.
+_flaw_flags_on_device = jax.jit(_flaw_flags, static_argnums=(0, 1, 2))
 
 
 def copies(tree: PyTree) -> PyTree:
     return jax.tree.map(copied, tree)
 
 
-def copied(x: Array, dtype: DTypeLike | None = None) -> Array:
-    """A copy in a buffer of its own, so that either may be donated, with the same
-    sharding."""
+def copied(x: Any, dtype: DTypeLike | None = None) -> Array:
+    """A copy of an array (of NumPy, too) in a buffer of its own, so that either may be
+    donated, with the same sharding."""
     return jnp.array(x, dtype=dtype, copy=True)

@@ -5,32 +5,28 @@ from typing import Any, overload
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
-from jaxtyping import Array, Int32, PyTree
+from jaxtyping import PyTree
 
-from .._ademamix import AdEMAMix
-from .._checks import check_supported
-from .._hyperparams import Scalar, resolve_decay
-from .._inspection import decoded, find
-from .._numerics import Decay, bias_factor, moving_sum
+from .._inspection import decoded, find, is_moment_state
+from .._optimizer import AbstractOptimizer, OptaxOptimizer, State
 from .._paths import Node
-from .._simplified import SimplifiedAdEMAMix
 from .._state import AbstractMomentState, AdEMAMixState, SimplifiedAdEMAMixState
-from .._step import AbstractMomentOptimizer
 from .._typing import no_type_check
 from .adopt import adopted, copied, copies
+from .target import blank_state, continued
+from .weights import m2_weight_like, num_after
 
 
-@overload
-def from_optax(opt_state: PyTree, optim: AdEMAMix, params: PyTree) -> AdEMAMixState: ...
 @overload
 def from_optax(
-    opt_state: PyTree, optim: SimplifiedAdEMAMix, params: PyTree
-) -> SimplifiedAdEMAMixState: ...
+    opt_state: PyTree, optim: AbstractOptimizer[State], params: PyTree
+) -> State: ...
+@overload
+def from_optax(opt_state: PyTree, optim: OptaxOptimizer, params: PyTree) -> Any: ...
 @no_type_check
 def from_optax(
-    opt_state: PyTree, optim: AdEMAMix | SimplifiedAdEMAMix, params: PyTree
-) -> AdEMAMixState | SimplifiedAdEMAMixState:
+    opt_state: PyTree, optim: AbstractOptimizer[Any] | OptaxOptimizer, params: PyTree
+) -> Any:
     """Moves a run of `optax.contrib.ademamix` or `optax.contrib.simplified_ademamix` to
     this package, without loss.
 
@@ -40,18 +36,26 @@ def from_optax(
         `ScaleByAdemamixState` of `optax.contrib`, or one with the same fields from
         another implementation, at any depth. For a
         [`eqx_ademamix.SimplifiedAdEMAMix`][], one `ScaleBySimplifiedAdEMAMixState`.
-    - `optim`: the optimizer that continues the run.
+    - `optim`: the optimizer that continues the run: one of this package, an
+        [`eqx_ademamix.Compensated`][] around it, or an optax optimizer that contains
+        exactly one [`eqx_ademamix.AdEMAMix`][]. (Inside an optax optimizer, the decays
+        cannot be read. So a `SimplifiedAdEMAMix` must not be inside of one, nor an
+        `AdEMAMix` with `bias_correct_m2`.)
     - `params`: the model.
 
     **Returns:**
 
-    The state of `optim`, in its own format. It shares no buffer with `opt_state`. A
-    `num`, which optax does not keep, is computed from `optim.b1` over all steps taken.
+    The state of `optim`, in its own format. It shares no buffer with `opt_state`. The
+    counters of schedules in `opt_state` and the remainders of a `Compensated` continue
+    as in [`eqx_ademamix.from_adamw`][]. What optax does not keep, a `num` or an
+    `m2_weight`, is computed from `b1` or `b3` over all steps taken.
 
     **Raises:**
 
-    - `ValueError`: if `opt_state` has no such state or more than one, or the state of
-        another model.
+    - `ValueError`: if `opt_state` has no such state or more than one, the state of
+        another model, or illegal values (such as NaN, or a negative `nu`); if `optim`
+        does not contain exactly one optimizer of this package; or if it is ambiguous
+        with which number a schedule continues.
 
     !!! Example
 
@@ -66,60 +70,39 @@ def from_optax(
         state = eqx_ademamix.from_optax(opt_state, optim, params)
         ```
     """
-    check_supported(optim, AbstractMomentOptimizer)
-    if isinstance(optim, SimplifiedAdEMAMix):
-        return _from_simplified(opt_state, optim, params)
+    tree, blank = blank_state(optim, params, AbstractMomentState)
+    if isinstance(blank, SimplifiedAdEMAMixState):
+        ours = _simplified(opt_state, optim, blank)
+    else:
+        ours = _ademamix(opt_state, optim, blank)
+    return continued(tree, ours, opt_state)
+
+
+def _ademamix(opt_state: PyTree, optim: object, blank: AdEMAMixState) -> AdEMAMixState:
     found = find(opt_state, _is_ademamix, "of optax.contrib.ademamix")
-    blank = optim.init(params)
+    count_m2 = copied(found.count_m2, jnp.int32)
     return AdEMAMixState(
         count=copied(found.count, jnp.int32),
-        count_m2=copied(found.count_m2, jnp.int32),
+        count_m2=count_m2,
         m1=adopted("opt_state.m1", found.m1, blank.m2, blank.m1),
         m2=adopted("opt_state.m2", found.m2, blank.m2, blank.m2),
         nu=adopted("opt_state.nu", found.nu, blank.m2, blank.nu, is_real=True),
+        m2_weight=m2_weight_like(blank, optim, count_m2),
     )
 
 
-def _from_simplified(
-    opt_state: PyTree, optim: SimplifiedAdEMAMix, params: PyTree
+def _simplified(
+    opt_state: PyTree, optim: object, blank: SimplifiedAdEMAMixState
 ) -> SimplifiedAdEMAMixState:
     of_what = "of optax.contrib.simplified_ademamix"
     found = find(opt_state, _is_simplified, of_what)
-    blank = optim.init(params)
     count = copied(found.t, jnp.int32)
     return SimplifiedAdEMAMixState(
         count=count,
-        num=_num_after(optim, count),
+        num=num_after(optim, count),
         m=adopted("opt_state.m", found.m, blank.m, blank.m),
         nu=adopted("opt_state.n", found.n, blank.m, blank.nu, is_real=True),
     )
-
-
-def _num_after(optim: SimplifiedAdEMAMix, count: Int32[Array, ""]) -> Scalar:
-    """The sum of the weights of all gradients after a number of steps."""
-    if not callable(optim.b1):  # the geometric series: (1 - b1^t) / (1 - b1)
-        _, complement = resolve_decay("b1", optim.b1, count)
-        steps = count.astype(float)
-        num = bias_factor(complement, jnp.maximum(steps, 1.0)) / complement
-        return jnp.where(steps > 0, num, 0.0)
-
-    def step(t: Int32[Array, ""], num: tuple[Scalar, Scalar]) -> tuple[Scalar, Scalar]:
-        # `num` is a sum of two floats, added without error (Knuth's TwoSum). In one
-        # float32 it would stop growing when a step changes less than its last digit: at
-        # b1 = 0.9999, five parts in ten thousand too early.
-        _, complement = resolve_decay("b1", optim.b1, t)
-        b1, (high, low) = Decay.of(complement), num
-        kept, change = (
-            b1.kept * high,
-            moving_sum(low, 1.0 - b1.pull * b1.complement * high, b1),
-        )
-        total = kept + change
-        part = total - kept
-        return total, (kept - (total - part)) + (change - part)
-
-    zero = jnp.zeros((), float)
-    high, low = lax.fori_loop(jnp.zeros_like(count), count, step, (zero, zero))
-    return high + low
 
 
 @overload
@@ -162,7 +145,7 @@ def to_optax(
         opt_state = (eqx_ademamix.to_optax(state), *tx.init(params)[1:])
         ```
     """
-    found = decoded(find(state, _is_ours, "of AdEMAMix", name="state"))
+    found = decoded(find(state, is_moment_state, "of AdEMAMix", name="state"))
     if isinstance(found, SimplifiedAdEMAMixState):
         return optax.contrib.ScaleBySimplifiedAdEMAMixState(
             t=copied(found.count), m=copies(found.m), n=copies(found.nu)
@@ -176,10 +159,6 @@ def to_optax(
         m2=copies(found.m2),
         nu=copies(found.nu),
     )
-
-
-def _is_ours(x: Node) -> bool:
-    return isinstance(x, AbstractMomentState)
 
 
 # Optax's states are recognized by their fields, since other implementations have named

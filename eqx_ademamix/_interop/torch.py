@@ -1,7 +1,8 @@
 """From the PyTorch implementations."""
 
+import functools as ft
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, overload
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +11,14 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
-from .._ademamix import AdEMAMix
-from .._checks import check_supported
+from .._optimizer import AbstractOptimizer, OptaxOptimizer, State
 from .._paths import Path, describe, path_text, shortened
 from .._state import AdEMAMixState
 from .._storage.codec import Stored, is_encoded
 from .._typing import no_type_check
 from .adopt import in_format
+from .target import blank_state, continued
+from .weights import m2_weight_like
 
 
 Name: TypeAlias = str | int
@@ -33,10 +35,24 @@ _KEYS = (
 _STACKED = ("state1", "state2")  # bitsandbytes
 
 
+@overload
+def from_torch(
+    state_dict: StateDict,
+    optim: AbstractOptimizer[State],
+    params: PyTree,
+    names: Names,
+) -> State: ...
+@overload
+def from_torch(
+    state_dict: StateDict, optim: OptaxOptimizer, params: PyTree, names: Names
+) -> Any: ...
 @no_type_check
 def from_torch(
-    state_dict: StateDict, optim: AdEMAMix, params: PyTree, names: Names
-) -> AdEMAMixState:
+    state_dict: StateDict,
+    optim: AbstractOptimizer[Any] | OptaxOptimizer,
+    params: PyTree,
+    names: Names,
+) -> Any:
     """Moves a run of a PyTorch AdEMAMix to this package: Apple's, that of
     `pytorch_optimizer`, or the 32-bit one of bitsandbytes.
 
@@ -47,7 +63,9 @@ def from_torch(
 
     - `state_dict`: what `optimizer.state_dict()` returned, with its tensors converted
         to NumPy arrays.
-    - `optim`: the optimizer that continues the run.
+    - `optim`: the optimizer that continues the run: an [`eqx_ademamix.AdEMAMix`][], an
+        [`eqx_ademamix.Compensated`][], or an optax optimizer such as `optax.chain(...)`
+        that contains exactly one `AdEMAMix`.
     - `params`: the model.
     - `names`: for each trained leaf of `params` its path, as error messages print it
         (`.layers[0].weight`, with or without `params` before it), mapped to the
@@ -56,12 +74,14 @@ def from_torch(
 
     **Returns:**
 
-    The state of `optim`, in its own format, with the shardings of the parameters.
+    The state of `optim`, in its own format, with the shardings of the parameters. The
+    schedules of optax in `optim` continue after the steps that were taken.
 
     **Raises:**
 
     - `ValueError`: if a path has no name, if a parameter has no moments, if a moment
-        has another shape, or if the numbers of steps differ.
+        has another shape or illegal values (such as NaN, or a negative `nu`), or if the
+        numbers of steps differ.
 
     !!! Example
 
@@ -81,8 +101,7 @@ def from_torch(
         assert state.count == state.count_m2 == 100
         ```
     """
-    check_supported(optim, AdEMAMix)
-    blank = optim.init(params)
+    blank_tree, blank = blank_state(optim, params, AdEMAMixState)
     _check_kinds(state_dict, names)
     leaves, treedef = jtu.tree_flatten_with_path(blank.m2, is_leaf=is_encoded)
     has_m1 = bool(jtu.tree_leaves(blank.m1))
@@ -90,19 +109,24 @@ def from_torch(
 
     def tree(name: str, like: PyTree) -> PyTree:
         moments = treedef.unflatten([getattr(x, name) for x in found])
-        return jax.tree.map(_on_devices_of, like, moments, is_leaf=is_encoded)
+        stored = ft.partial(_on_devices_of, name)
+        return jtu.tree_map_with_path(stored, like, moments, is_leaf=is_encoded)
 
-    return AdEMAMixState(
+    count_m2 = jnp.asarray(_steps(found), jnp.int32)
+    ours = AdEMAMixState(
         count=jnp.asarray(_steps(found), jnp.int32),
-        count_m2=jnp.asarray(_steps(found), jnp.int32),
+        count_m2=count_m2,
         m1=tree("m1", blank.m1) if has_m1 else blank.m1,
         m2=tree("m2", blank.m2),
         nu=tree("nu", blank.nu),
+        m2_weight=m2_weight_like(blank, optim, count_m2),
     )
+    return continued(blank_tree, ours, None)
 
 
-def _on_devices_of(own: Stored, x: np.ndarray) -> Stored:
-    return jax.tree.map(_put, in_format(jnp.asarray(x), own), own)
+def _on_devices_of(name: str, path: Path, own: Stored, x: np.ndarray) -> Stored:
+    where = f"params{path_text(path)}: the moment `{name}`"
+    return jax.tree.map(_put, in_format(where, x, own, is_square=name == "nu"), own)
 
 
 def _put(x: Array, like: Array) -> Array:
@@ -116,6 +140,7 @@ def _check_kinds(state_dict: Any, names: object) -> None:
             f"`state_dict` is {describe(state_dict)}, but a PyTorch optimizer's "
             "`state_dict()` has the keys 'state' and 'param_groups'."
         )
+    _check_groups(state_dict.get("param_groups", []))
     if not isinstance(names, Mapping):
         raise TypeError(
             f"`names` is {describe(names)}, but a dict was expected, from the path of "
@@ -123,10 +148,26 @@ def _check_kinds(state_dict: Any, names: object) -> None:
         )
 
 
+def _check_groups(groups: Any) -> None:
+    _check_part("", groups, list, "a list")
+    for i, group in enumerate(groups):
+        _check_part(f"[{i}]", group, Mapping, "a dict")
+        for key, default in (("params", None), ("param_names", [])):
+            _check_part(f"[{i}][{key!r}]", group.get(key, default), list, "a list")
+
+
+def _check_part(place: str, found: object, kind: type, expected: str) -> None:
+    if not isinstance(found, kind) and not (kind is list and isinstance(found, tuple)):
+        raise ValueError(
+            f"state_dict['param_groups']{place} is {describe(found)}, but {expected} "
+            "was expected. Pass what `optimizer.state_dict()` of PyTorch returned."
+        )
+
+
 class _Found(NamedTuple):
     """What a state dict has for one parameter."""
 
-    m1: np.ndarray
+    m1: np.ndarray | None  # `None` where the optimizer does not store it
     m2: np.ndarray
     nu: np.ndarray
     step: int
@@ -146,16 +187,26 @@ def _read(
             "no state of that name or index. It has those of "
             f"{shortened(known, 200) or 'nothing'}."
         )
-    # Newer versions of bitsandbytes keep here what must not be cast.
-    state = {**state, **state.get("__bnb_optimizer_quant_state__", {})}
+    state = {**state, **_quant_state(state, where)}
     m1, m2, nu = _moments(state, where)
-    zero = None if has_m1 else np.zeros(like.shape, np.float32)
     return _Found(
-        m1=_moment(where, "m1", zero if m1 is None else m1, fn, like),
+        m1=_moment(where, "m1", m1, fn, like) if has_m1 else None,
         m2=_moment(where, "m2", m2, fn, like),
         nu=_moment(where, "nu", nu, fn, like),
         step=_step(where, state, group),
     )
+
+
+def _quant_state(state: StateDict, where: str) -> StateDict:
+    """Where newer versions of bitsandbytes keep what must not be cast."""
+    found = state.get("__bnb_optimizer_quant_state__", {})
+    if not isinstance(found, Mapping):
+        raise ValueError(
+            f"{where}: its '__bnb_optimizer_quant_state__' in the state dict is "
+            f"{describe(found)}, but a dict was expected. Keep what bitsandbytes wrote "
+            "there, and convert its tensors with `tensor.cpu().numpy()`."
+        )
+    return found
 
 
 def _name(names: Names, path: Path, where: str) -> tuple[Name, Convert]:
@@ -180,8 +231,8 @@ def _name(names: Names, path: Path, where: str) -> tuple[Name, Convert]:
 def _index(state_dict: StateDict, name: Name) -> tuple[Name, StateDict]:
     """The key of a parameter's state, and its group. PyTorch numbers the parameters of
     all groups together, and may store their names beside the numbers."""
-    for group in state_dict.get("param_groups") or ():
-        indices = list(group.get("params", ()))
+    for group in state_dict.get("param_groups", ()):
+        indices = list(group["params"])
         by_name = dict(zip(group.get("param_names", ()), indices, strict=False))
         index = by_name.get(name, name)
         if index in indices:
@@ -193,7 +244,8 @@ def _moments(state: StateDict, where: str) -> tuple[Any, Any, Any]:
     """`m1` (`None` at `b1 = 0`), `m2` and `nu`."""
     if all(key in state for key in _STACKED):
         stacked, nu = (state[key] for key in _STACKED)
-        if np.shape(stacked)[:1] == (2,):
+        stacked = _numbers(where, "the moment `state1` in the state dict", stacked)
+        if stacked.shape[:1] == (2,):
             return stacked[0], stacked[1], nu
     for keys in _KEYS:
         if all(key in state for key in keys):
@@ -213,7 +265,8 @@ def _moment(where: str, name: str, x: Any, fn: Convert, like: Stored) -> np.ndar
             f"{where}: the moment `{name}` is missing: it is None in the state dict. "
             "An `m1` may be None for an optimizer with `b1=0` only."
         )
-    moment = np.asarray(fn(np.asarray(x)))
+    x = _numbers(where, f"the moment `{name}` in the state dict", x)
+    moment = _numbers(where, f"the moment `{name}` after its function", fn(x))
     if moment.dtype == np.uint8:
         raise ValueError(
             f"{where} has moments in 8 bits in the state dict, but only the 32-bit "
@@ -225,16 +278,32 @@ def _moment(where: str, name: str, x: Any, fn: Convert, like: Stored) -> np.ndar
             f"{moment.shape}. Map the path to a pair `(name, function)`, for example "
             "with `numpy.transpose`."
         )
-    if (
-        np.iscomplexobj(moment) != np.issubdtype(like.dtype, np.complexfloating)
-        and name != "nu"
-    ):
+    is_complex = name != "nu" and np.issubdtype(like.dtype, np.complexfloating)
+    if np.iscomplexobj(moment) != is_complex:
+        expected = "complex" if is_complex else "real"
         raise ValueError(
-            f"{where} has dtype {like.dtype} in the optimizer, but its moment in the "
-            f"state dict has {moment.dtype}: complex against real. Is it the state of "
-            "another model?"
+            f"{where}: the moment `{name}` has dtype {moment.dtype} in the state dict, "
+            f"but {expected} numbers were expected. Is it the state of another model?"
         )
     return moment
+
+
+def _numbers(where: str, what: str, x: Any) -> np.ndarray:
+    array = _array(x)
+    if array is None or not jnp.issubdtype(array.dtype, np.number):
+        raise ValueError(
+            f"{where}: {what} is {describe(x)}, but an array of numbers was expected. "
+            "Convert each tensor with `tensor.cpu().numpy()`."
+        )
+    return array
+
+
+def _array(x: Any) -> np.ndarray | None:
+    """`None` if NumPy cannot make an array of it, as from lists of unequal lengths."""
+    try:
+        return np.asarray(x)
+    except (TypeError, ValueError):
+        return None
 
 
 def _step(where: str, state: StateDict, group: StateDict) -> int:
@@ -244,14 +313,18 @@ def _step(where: str, state: StateDict, group: StateDict) -> int:
             f"{where}: `state_dict` has no 'step' for it, neither in its state nor in "
             "its group. Which optimizer wrote it?"
         )
-    step = np.asarray(steps[0])
-    is_count = step.size == 1 and step.dtype.kind in "iuf"
-    if not (is_count and 0 <= step.item() < 2**31 and step.item() == int(step.item())):
+    step = _array(steps[0])
+    if step is None or not _is_count(step):
         raise ValueError(
             f"{where}: its 'step' in the state dict is {describe(steps[0])}, but a "
             "number of steps was expected."
         )
     return int(step.item())
+
+
+def _is_count(step: np.ndarray) -> bool:
+    is_number = step.size == 1 and step.dtype.kind in "iuf"
+    return is_number and 0 <= step.item() < 2**31 and step.item() == int(step.item())
 
 
 def _steps(found: list[_Found]) -> int:

@@ -1,0 +1,151 @@
+"""Another storage format in the middle of a run."""
+
+import dataclasses
+from typing import Any, TypeVar
+
+import equinox as eqx
+import jax
+import jax.tree_util as jtu
+import numpy as np
+from jaxtyping import PyTree
+
+from .._checks import check_counter
+from .._inspection import decoded, find, of
+from .._optimizer import AbstractOptimizer, OptaxOptimizer
+from .._paths import Node, Path, flatten, leaves_with_path
+from .._state import AbstractMomentState, AdEMAMixState
+from .._storage.codec import Stored
+from .._typing import no_type_check
+from .adopt import adopted, copies
+from .target import blank_state
+from .weights import m2_weight_like
+
+
+State = TypeVar("State")
+
+
+@no_type_check
+def change_state_format(
+    state: State, optim: AbstractOptimizer[Any] | OptaxOptimizer, params: PyTree
+) -> State:
+    """Stores the moments of a state in another format, in the middle of a run.
+
+    Use it when `state_format` changes, or after arithmetic on the arrays of
+    [`eqx_ademamix.decoded`][], to encode them again.
+
+    **Arguments:**
+
+    - `state`: the state of an [`eqx_ademamix.AdEMAMix`][] or
+        [`eqx_ademamix.SimplifiedAdEMAMix`][], or a tree that contains exactly one, such
+        as the state of a chain or of an [`eqx_ademamix.Compensated`][].
+    - `optim`: the optimizer that continues the run, with the new `state_format`. It may
+        be an optimizer that contains the one of this package.
+    - `params`: the model.
+
+    **Returns:**
+
+    The same tree, with the moments stored as `optim` stores them, rounded to nearest.
+    Moments that are already stored like that are copied bit by bit. Counters and all
+    other parts of `state` keep their values. No buffer is shared with `state`. If
+    `optim` has `b1=0` and so needs no `m1`, that is dropped. If only one of the two has
+    `bias_correct_m2`, then `m2_weight` is dropped, or computed from the `b3` of `optim`
+    over all steps taken.
+
+    **Raises:**
+
+    - `ValueError` or `TypeError`: if there is no state of the kind that `optim` has, or
+        more than one; if it belongs to another model; if it has no `m1`, but `optim`
+        needs one; or if arithmetic has changed the dtype of a counter.
+
+    !!! Example
+
+        ```python
+        import jax.numpy as jnp
+        import eqx_ademamix
+
+        params = {"w": jnp.ones((64, 256))}
+        state = eqx_ademamix.init(eqx_ademamix.AdEMAMix(1e-3), params)
+
+        compact = eqx_ademamix.StateFormat.compact()
+        optim = eqx_ademamix.AdEMAMix(1e-3, state_format=compact)
+        state = eqx_ademamix.change_state_format(state, optim, params)
+        assert eqx_ademamix.state_bytes(state) < 4.1 * params["w"].size
+        ```
+    """
+    _, own = blank_state(optim, params, AbstractMomentState)
+    cls = type(own)
+    is_one = lambda x: isinstance(x, cls)
+    old = find(state, is_one, of(cls), name="state")
+    for name in old.counters:
+        check_counter(name, getattr(old, name))
+    weights: dict[str, Any] = {}
+    if isinstance(own, AdEMAMixState) and _differ(own.m2_weight, old.m2_weight):
+        weights["m2_weight"] = m2_weight_like(own, optim, old.count_m2)
+    ours = _in_format_of(own, old, weights)
+    new = lambda x: ours if is_one(x) else _copied_if_array(x)
+    return jax.tree.map(new, state, is_leaf=is_one)
+
+
+def _in_format_of(
+    own: AbstractMomentState[Any],
+    old: AbstractMomentState[Any],
+    weights: dict[str, Any],
+) -> AbstractMomentState[Any]:
+    """A copy of an old state, with its moments stored as those of our `own` are, and
+    with new sums of weights."""
+    _check_m1(own, old)
+    arrays, moments = decoded(old), {}
+    for name in [name for name in own.names if name is not None]:
+        like = getattr(own, name)
+        if name == "m1" and not jtu.tree_leaves(like):
+            moments[name] = like
+            continue
+        new = adopted(
+            f"state.{name}",
+            getattr(arrays, name),
+            own.moments.m2,
+            like,
+            is_real=name == "nu",
+        )
+        moments[name] = _same_where_alike(getattr(old, name), new)
+    kept = {
+        field.name: copies(getattr(old, field.name))
+        for field in dataclasses.fields(old)
+        if field.name not in (*moments, *weights)
+    }
+    return type(old)(**kept, **moments, **weights)
+
+
+def _differ(x: object, y: object) -> bool:
+    return (x is None) != (y is None)
+
+
+def _check_m1(own: AbstractMomentState[Any], old: AbstractMomentState[Any]) -> None:
+    has_m1, needs_m1 = (bool(jtu.tree_leaves(x.moments.m1)) for x in (old, own))
+    if needs_m1 and not has_m1:
+        raise ValueError(
+            "`state` has no `m1`, since its optimizer has `b1=0`, but `optim` needs "
+            "one. Pass an optimizer with `b1=0`, or start a new state with `init`."
+        )
+
+
+def _same_where_alike(old: PyTree, new: PyTree) -> PyTree:
+    """Copies of the old moments wherever they have the new format already: if codes
+    were decoded and encoded again, they could change."""
+    before: dict[Path, Any] = dict(leaves_with_path(old))
+    leaves = flatten(new)
+    values: list[Stored | None] = []
+    for path, x in zip(leaves.paths, leaves.values, strict=True):
+        is_same = x is not None and _type(before[path]) == _type(x)
+        values.append(copies(before[path]) if is_same else x)
+    return leaves.rebuilt(values)
+
+
+def _type(stored: Stored) -> object:
+    leaves, treedef = jtu.tree_flatten(stored)
+    return treedef, [(x.shape, x.dtype) for x in leaves]
+
+
+def _copied_if_array(x: Node) -> Node:
+    is_array = eqx.is_array(x) or isinstance(x, (np.ndarray, np.generic))
+    return copies(x) if is_array else x

@@ -1,0 +1,82 @@
+"""Sums of weights that other optimizers do not keep, over all steps taken."""
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Int32
+
+from .._ademamix import AdEMAMix
+from .._hyperparams import Scalar, resolve_decay
+from .._inspection import unwrapped
+from .._numerics import Decay, bias_factor, moving_sum
+from .._paths import describe
+from .._simplified import SimplifiedAdEMAMix
+from .._state import AdEMAMixState
+
+
+Count: TypeAlias = Int32[Array, ""]
+
+
+def num_after(optim: object, count: Count) -> Scalar:
+    """The sum of the weights of all gradients after a number of steps."""
+    b1 = _decay(optim, SimplifiedAdEMAMix, "b1", "num")
+    if callable(b1):
+        return _sum_after("b1", b1, count, lambda decay: jnp.ones((), float))
+    _, complement = resolve_decay("b1", b1, count)
+    return _weight(complement, count) / complement  # the geometric series
+
+
+def m2_weight_like(own: AdEMAMixState, optim: object, count_m2: Count) -> Scalar | None:
+    """The weight of all gradients in `m2` after a number of steps, if our `own` state
+    keeps it."""
+    if own.m2_weight is None:
+        return None
+    b3 = _decay(optim, AdEMAMix, "b3", "m2_weight")
+    if callable(b3):
+        return _sum_after("b3", b3, count_m2, lambda decay: decay.complement)
+    return _weight(resolve_decay("b3", b3, count_m2)[1], count_m2)
+
+
+def _decay(optim: object, cls: type, name: str, weight: str) -> Any:
+    inner = unwrapped(optim)
+    if not isinstance(inner, cls):
+        raise ValueError(
+            f"`optim` is {describe(optim)}, but `{weight}` is computed from the "
+            f"`{name}` of the optimizer of this package, which cannot be read inside "
+            "an optax optimizer. Convert with that optimizer itself, and put the "
+            "result into the state of the optax optimizer with `eqx.tree_at`."
+        )
+    return getattr(inner, name)
+
+
+def _weight(complement: Scalar, count: Count) -> Scalar:
+    """`1 - b^t` for a constant decay."""
+    steps = count.astype(float)
+    weight = bias_factor(complement, jnp.maximum(steps, 1.0))
+    return jnp.where(steps > 0, weight, 0.0)
+
+
+def _sum_after(
+    name: str, schedule: Any, count: Count, new: Callable[[Decay], Scalar]
+) -> Scalar:
+    """The value of `total = b total + new` after a number of steps."""
+
+    def step(t: Count, total: tuple[Scalar, Scalar]) -> tuple[Scalar, Scalar]:
+        # The total is a sum of two floats, added without error (Knuth's TwoSum). In one
+        # float32 it would stop growing when a step changes less than its last digit: at
+        # b = 0.9999, five parts in ten thousand too early.
+        _, complement = resolve_decay(name, schedule, t)
+        b, (high, low) = Decay.of(complement), total
+        kept, change = (
+            b.kept * high,
+            moving_sum(low, new(b) - b.pull * b.complement * high, b),
+        )
+        after = kept + change
+        part = after - kept
+        return after, (kept - (after - part)) + (change - part)
+
+    zero = jnp.zeros((), float)
+    high, low = lax.fori_loop(jnp.zeros_like(count), count, step, (zero, zero))
+    return high + low
