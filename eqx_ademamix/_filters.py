@@ -199,7 +199,7 @@ def as_gradient(x: Node) -> Node:
 def _in_range(x: np.ndarray | np.generic) -> np.ndarray | np.generic:
     """A NumPy gradient in the range of the widest float that is enabled: a finite
     number stays finite when it is converted."""
-    widest = jnp.finfo(jnp.result_type(float))
-    if x.dtype.kind not in "fc" or np.finfo(x.dtype).bits <= widest.bits:
+    dtype, widest = np.dtype(x.dtype), jnp.finfo(jnp.result_type(float))
+    if dtype.kind not in "fc" or np.finfo(dtype).bits <= widest.bits:
         return x
     return clip_magnitude(x, float(widest.max), np)

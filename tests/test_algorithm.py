@@ -165,7 +165,7 @@ def test_complex_reference(dtype: Any):
 def test_eps_root_and_learning_rate_schedule():
     params, grads = make_params(0, np.float32), make_grads(1.0, np.float32)[:50]
     optim = eqx_ademamix.AdEMAMix(
-        lambda count: 1e-3 / (1 + count.astype(float)), eps=1e-3, eps_root=1e-2
+        lambda count: 1e-3 / (1 + jnp.asarray(count, float)), eps=1e-3, eps_root=1e-2
     )
     new_params, state = run(optim, params, grads)
     refs = {k: reference_init(p) for k, p in params.items()}

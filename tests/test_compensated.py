@@ -52,7 +52,9 @@ class Constant(eqx_ademamix.AbstractOptimizer[jax.Array]):
     def init(self, params: Any) -> Any:
         return params
 
-    def update(self, grads: Any, state: Any, params: Any = None) -> Any:
+    def update(
+        self, grads: Any, state: Any, params: Any = None, **extra_args: Any
+    ) -> Any:
         return jax.tree.map(
             lambda p: jnp.broadcast_to(self.steps, p.shape), params
         ), params

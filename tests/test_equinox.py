@@ -144,7 +144,7 @@ def test_new_arrays_do_not_retrace():
     counted, traces = count_traces(one)
     step = eqx.filter_jit(counted)
     weak = jax.jit(lambda: jnp.asarray(0.5) * 4)()
-    rates = (
+    rates: Any = (
         jnp.asarray(0.1),  # weakly typed
         jnp.asarray(0.2, jnp.float32),
         np.asarray(0.3, np.float64),
@@ -227,7 +227,7 @@ def test_derivative_at_a_zero_gradient_is_finite():
 
 def test_hyperparams():
     optim: Any = AdEMAMix(
-        lambda count: 0.1 * (count.astype(float) + 1),
+        lambda count: 0.1 * (jnp.asarray(count, float) + 1),
         b1=0.5,
         b3=beta3_scheduler(0.999, 0.9, warmup=100),
         alpha=alpha_scheduler(8.0, warmup=4),

@@ -56,6 +56,11 @@ STATIC = ("b3", "alpha", "weight_decay_mask", "trainable", "state_format")
 FUNCTION_STATIC = ("b3_scheduler", "alpha_scheduler", "mask", "mu_dtype")
 
 
+def every_third(step: Any) -> Any:
+    """A schedule of `MultiSteps` whose number rises every three updates."""
+    return 1 + step // 3
+
+
 def inject(*args: Any, static: Any = STATIC, **kwargs: Any) -> Any:
     make = optax.inject_hyperparams(AdEMAMix, static, hyperparam_dtype=jnp.float32)
     return make(*args, **kwargs)
@@ -264,8 +269,8 @@ def pairs() -> dict[str, Any]:
             AdEMAMix(RATE, alpha=0.0, **ADAMW),
         ),
         "MultiSteps": (
-            optax.MultiSteps(adamw, lambda step: 1 + step // 3),
-            optax.MultiSteps(AS_ADAMW, lambda step: 1 + step // 3),
+            optax.MultiSteps(adamw, every_third),
+            optax.MultiSteps(AS_ADAMW, every_third),
         ),
     }
 

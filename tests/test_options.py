@@ -203,7 +203,7 @@ def test_corrected_in_other_formats(fmt: StateFormat):
 
 
 def test_corrected_at_b1_zero_and_in_a_chain():
-    optim = AdEMAMix(1.0, b1=0, bias_correct_m2=True)
+    optim: Any = AdEMAMix(1.0, b1=0, bias_correct_m2=True)
     tx, params = optax.chain(optax.clip(10.0), optim), jnp.ones(3)
     updates, state = update(tx, params, init(tx, params), params)
     assert np.allclose(updates, -6.0, rtol=1e-6) and state[1].m1 is None

@@ -335,7 +335,7 @@ def _python_bool(x: Node) -> Node:
     return bool(x) if is_concrete and x.dtype == bool and x.shape == () else x
 
 
-def _one_of(lr: Any, learning_rate: Any) -> HyperParamLikeOrSchedule:
+def _one_of(lr: Any, learning_rate: Any) -> Any:
     if (lr is None) == (learning_rate is None):
         given = "neither is given" if lr is None else "both are given"
         raise ValueError(
