@@ -1,7 +1,7 @@
 """Filter specs, and the leaves that they select."""
 
 from collections.abc import Iterator
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import equinox as eqx
 import jax
@@ -199,7 +199,8 @@ def as_gradient(x: Node) -> Node:
 def _in_range(x: np.ndarray | np.generic) -> np.ndarray | np.generic:
     """A NumPy gradient in the range of the widest float that is enabled: a finite
     number stays finite when it is converted."""
-    dtype, widest = np.dtype(x.dtype), jnp.finfo(jnp.result_type(float))
+    dtype: Any = x.dtype
+    widest = jnp.finfo(jnp.result_type(float))
     if dtype.kind not in "fc" or np.finfo(dtype).bits <= widest.bits:
         return x
     return clip_magnitude(x, float(widest.max), np)

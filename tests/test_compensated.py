@@ -427,9 +427,8 @@ def test_changed_updates_are_detected(jit: bool):
 
 
 def test_the_check_inside_multi_steps_and_from_descriptions():
-    optim = optax.MultiSteps(
-        Compensated(AdEMAMix(1e-2), check_params=True), every_k_schedule=2
-    )
+    compensated: Any = Compensated(AdEMAMix(1e-2), check_params=True)
+    optim = optax.MultiSteps(compensated, every_k_schedule=2)
     params = jnp.linspace(0.1, 1.0, 30).astype(jnp.bfloat16)
     state = optim.init(params)
     for _ in range(5):
