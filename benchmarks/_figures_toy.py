@@ -127,8 +127,7 @@ def rosenbrock(point: Point) -> Float[Array, ""]:
 
 def figure_2_adam(b1: float, steps: int = 5000) -> Points:
     optim, start = optax.adam(0.06, b1=b1), jnp.asarray(START_2, float)
-    state = eqx_ademamix.init(optim, start)
-    return descend(rosenbrock, optim, state, start, steps)
+    return descend(rosenbrock, optim, eqx_ademamix.init(optim, start), start, steps)
 
 
 def figure_2_ademamix(b3: float, corrected: bool, steps: int = 5000) -> Points:

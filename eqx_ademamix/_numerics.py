@@ -230,12 +230,19 @@ def _word(x: int | Integer[Array, ""]) -> UInt32[Array, ""]:
 
 def uniform(seed: UInt32[Array, ""], shape: tuple[int, ...]) -> Float[Array, "..."]:
     """Numbers in [0, 1), one for each position, as float32."""
-    position = jnp.zeros(shape, np.uint32)
-    for axis, stride in enumerate(_strides(shape)):
-        position += lax.broadcasted_iota(np.uint32, shape, axis) * np.uint32(stride)
-    word = _mixed(position * _GOLDEN + seed)
+    word = _mixed(_positions(shape) * _GOLDEN + seed)
     # The first 24 of the 32 bits: as many as float32 holds exactly.
     return (word >> np.uint32(8)).astype(np.float32) * np.float32(2.0**-24)
+
+
+def fingerprint(arrays: list[Array]) -> UInt32[Array, ""]:
+    """A hash of the bits of 16-bit arrays. It is odd, hence never 0."""
+    total = jnp.zeros((), np.uint32)
+    for x in arrays:
+        bits = lax.bitcast_convert_type(x, np.uint16).astype(np.uint32)
+        words = _mixed(_positions(x.shape) * _GOLDEN + bits)
+        total = _mixed(total + jnp.sum(words, dtype=np.uint32))
+    return total | np.uint32(1)
 
 
 def up_or_down(x: Float[Array, "..."], chance: Array | np.float32) -> Array:
@@ -243,6 +250,14 @@ def up_or_down(x: Float[Array, "..."], chance: Array | np.float32) -> Array:
     down. If that number is random, the mean of the result is `x`."""
     below = jnp.floor(x)
     return jnp.where(x - below > chance, below + 1, below)
+
+
+def _positions(shape: tuple[int, ...]) -> UInt32[Array, "..."]:
+    """The number of each entry, in row-major order."""
+    position = jnp.zeros(shape, np.uint32)
+    for axis, stride in enumerate(_strides(shape)):
+        position += lax.broadcasted_iota(np.uint32, shape, axis) * np.uint32(stride)
+    return position
 
 
 def _strides(shape: tuple[int, ...]) -> list[int]:

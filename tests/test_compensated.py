@@ -389,3 +389,49 @@ def test_the_typed_core():
     split(wide, wide, good, [jnp.ones(3, jnp.int16)], keys, count)
     with pytest.raises(TypeError):
         split(wide, wide, good, [jnp.ones(2, jnp.int16)], keys, count)
+
+
+#
+# Parameters that are not those that the last update led to
+#
+
+
+def checked_steps(change: Any, *, check: bool = True, jit: bool = True) -> Any:
+    """Two steps, with the updates changed in between."""
+    optim = Compensated(AdEMAMix(1e-2), check_params=check)
+    params: Any = {"w": jnp.linspace(0.1, 1.0, 300).astype(jnp.bfloat16)}
+    step = eqx.filter_jit(eqx_ademamix.update) if jit else eqx_ademamix.update
+    state, grads = optim.init(params), {"w": jnp.ones(300, jnp.bfloat16)}
+    for _ in range(2):
+        before = tree_type(state)
+        updates, state = step(optim, grads, state, params)
+        assert tree_type(state) == before
+        params = eqx.apply_updates(params, jax.tree.map(change, updates))
+    return jax.block_until_ready((params, state))
+
+
+@pytest.mark.parametrize("jit", (True, False), ids=("jit", "eager"))
+def test_changed_updates_are_detected(jit: bool):
+    halved = lambda u: u * jnp.asarray(0.5, u.dtype)
+    one_entry = lambda u: u.at[7].set(0)
+    for change in (halved, one_entry):
+        with pytest.raises(Exception, match="are not those that its last update led"):
+            checked_steps(change, jit=jit)
+        checked_steps(change, check=False)
+    same = checked_steps(lambda u: u, jit=jit)
+    plain = checked_steps(lambda u: u, jit=jit, check=False)
+    assert eqx.tree_equal(same[0], plain[0])
+    assert plain[1].fingerprint is None and same[1].fingerprint != 0
+
+
+def test_the_check_inside_multi_steps_and_from_descriptions():
+    optim = optax.MultiSteps(
+        Compensated(AdEMAMix(1e-2), check_params=True), every_k_schedule=2
+    )
+    params = jnp.linspace(0.1, 1.0, 30).astype(jnp.bfloat16)
+    state = optim.init(params)
+    for _ in range(5):
+        updates, state = optim.update(params, state, params)
+        params = eqx.apply_updates(params, updates)
+    described = jax.ShapeDtypeStruct((30,), jnp.bfloat16)
+    assert Compensated(AdEMAMix(1e-2), check_params=True).init(described) is not None

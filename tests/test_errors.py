@@ -531,7 +531,7 @@ CASES = (
     (
         "hyperparams of no state",
         lambda: hyperparams(OPTIM, MODEL),
-        "`state` has no states of AdEMAMix, but one was expected. Found in it: MLP. Pass",
+        "`state` has no states of AdEMAMix, but one was expected. Found in it: MLP",
     ),
     # parameters
     (
@@ -1139,7 +1139,7 @@ CASES = (
     (
         "report of a model",
         lambda: eqx_ademamix.state_report(MODEL),
-        "`state` has no states of AdEMAMix, but one was expected. Found in it: MLP. Pass",
+        "`state` has no states of AdEMAMix, but one was expected. Found in it: MLP",
     ),
     # Compensated
     (

@@ -11,7 +11,7 @@ import jax.tree_util as jtu
 import numpy as np
 from beartype import beartype
 from jax import lax
-from jaxtyping import Array, Float, Int, Int32, PyTree, jaxtyped
+from jaxtyping import Array, Float, Int, Int32, PyTree, UInt32, jaxtyped
 
 from .._checks import (
     check_alive,
@@ -22,7 +22,16 @@ from .._checks import (
     checked_leaves,
 )
 from .._filters import as_gradient, trained_arrays
-from .._numerics import DType, as_array, seed_of, text_hash, uniform, up_or_down
+from .._hyperparams import checked_flag
+from .._numerics import (
+    DType,
+    as_array,
+    fingerprint,
+    seed_of,
+    text_hash,
+    uniform,
+    up_or_down,
+)
 from .._optimizer import AbstractOptimizer, OptaxOptimizer, hash_of, init, update
 from .._paths import (
     Leaves,
@@ -55,12 +64,15 @@ class CompensatedState(eqx.Module):
         parameters that are trained, `None` at all other leaves.
     - `count`: the number of steps taken, an int32 scalar. The random rounding of the
         remainders depends on it.
+    - `fingerprint`: with `check_params`, a hash of the 16-bit parameters after the last
+        step, a uint32 scalar; 0 before the first step. Otherwise `None`.
     - `dtypes`: the names of the 16-bit types that the remainders belong to, in order.
     """
 
     inner_state: Any
     remainder: PyTree[Int[Array, "..."] | None]
     count: Int32[Array, ""]
+    fingerprint: UInt32[Array, ""] | None
     dtypes: tuple[str, ...] = eqx.field(static=True)
 
 
@@ -97,6 +109,13 @@ class Compensated(AbstractOptimizer[CompensatedState]):
 
     Parameters of other types are passed on unchanged.
 
+    The remainders belong to the parameters that `eqx.apply_updates(params, updates)`
+    gives. If you scale or clip the updates after `update`, or change the parameters in
+    another way, the remainders are wrong, and no error says so. Put everything that
+    changes updates inside: `Compensated(optax.chain(optim, optax.scale(0.5)))`. With
+    `check_params=True`, the next `update` raises an error if the parameters are not
+    those that the last one led to.
+
     !!! Example
 
         ```python
@@ -121,17 +140,23 @@ class Compensated(AbstractOptimizer[CompensatedState]):
 
     optim: AbstractOptimizer[Any] | OptaxOptimizer
     bits: int = eqx.field(static=True)
+    check_params: bool = eqx.field(static=True)
 
     @no_type_check
     def __init__(
         self,
         optim: AbstractOptimizer[Any] | OptaxOptimizer,
         bits: int = 16,
+        *,
+        check_params: bool = False,
     ):
         """**Arguments:**
 
         - `optim`: the optimizer, of this package or of optax.
         - `bits`: the bits of a remainder, 16 or 8.
+        - `check_params`: whether `update` raises an error, with `eqx.error_if`, if the
+            16-bit parameters are not exactly those that the last `update` led to. The
+            state then keeps a hash of them. Each step reads the parameters once more.
 
         **Raises:**
 
@@ -142,6 +167,7 @@ class Compensated(AbstractOptimizer[CompensatedState]):
             raise ValueError(f"`bits` is {describe(bits)}, but 8 or 16 was expected.")
         self.optim = optim
         self.bits = bits
+        self.check_params = checked_flag("check_params", check_params)
 
     @no_type_check
     def init(self, params: PyTree) -> CompensatedState:
@@ -166,6 +192,7 @@ class Compensated(AbstractOptimizer[CompensatedState]):
             inner_state=inner_state,
             remainder=remainders,
             count=jnp.zeros((), jnp.int32),
+            fingerprint=jnp.zeros((), jnp.uint32) if self.check_params else None,
             dtypes=tuple(str(x.dtype) for x, r in pairs if r is not None),
         )
 
@@ -181,6 +208,7 @@ class Compensated(AbstractOptimizer[CompensatedState]):
         state, like, p16 = self._checked(grads, state, params)
         g = _checked_gradients(grads, like)
         r16 = [r for r in like.values if r is not None]
+        p16 = _as_expected(p16, state.fingerprint)
         wide16 = _master(p16, r16)
         wide = eqx.combine(_in_tree(wide16, like), params)
         g = jax.tree.map(_wide, g)
@@ -200,6 +228,7 @@ class Compensated(AbstractOptimizer[CompensatedState]):
             inner_state=inner_state,
             remainder=_in_tree(remainder, like),
             count=next_count(state.count),
+            fingerprint=_fingerprint_after(p16, updates16, state.fingerprint),
             dtypes=state.dtypes,
         )
 
@@ -257,10 +286,32 @@ class Compensated(AbstractOptimizer[CompensatedState]):
 
 
 _STATE = "the optimizer state"
+_CHANGED = (
+    "The parameters that `Compensated` got are not those that its last update led to. "
+    "Were the updates scaled or clipped before `eqx.apply_updates`, or the parameters "
+    "changed in another way? Put everything that changes updates inside `Compensated`."
+)
 _NO_EFFECT = (
     "`Compensated` has no effect: no array that is trained has the dtype bfloat16 or "
     "float16. Cast the model before `init`, or use the wrapped optimizer by itself."
 )
+
+
+def _as_expected(p16: list[Array], expected: Array | None) -> list[Array]:
+    """The 16-bit parameters, with an error at run time if they are not as expected."""
+    if expected is None or not p16:
+        return p16
+    is_other = (expected != 0) & (fingerprint(p16) != expected)
+    return eqx.error_if(p16, is_other, _CHANGED)
+
+
+def _fingerprint_after(
+    p16: list[Array], updates: list[Array], before: Array | None
+) -> Array | None:
+    """The hash of the parameters that `eqx.apply_updates` will give."""
+    if before is None:
+        return None
+    return fingerprint([p + u for p, u in zip(p16, updates, strict=True)])
 
 
 def _trained_by(
