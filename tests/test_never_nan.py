@@ -22,7 +22,7 @@ DECAYS = st.one_of(
 )
 WARMUPS = st.sampled_from([0, 1, 2, 1000, 2**31 - 1])
 COUNTS = st.sampled_from([0, 1, 999, 1000, 1001, 2**24 + 1, 2**31 - 2, 2**31 - 1])
-SCALES = st.sampled_from([0.0, 1e-38, 1e-20, 1e-6, 1.0, 1e6, 1e18, 1e30, 3e38])
+SCALES = st.sampled_from([0.0, 1e-38, 1e-20, 1e-6, 1.0, 1e6, 1e18, 1e30, 3.4e38])
 FORMATS = st.sampled_from(
     [
         StateFormat.float32(),
@@ -43,33 +43,49 @@ EPS = st.sampled_from(
     scales=st.lists(SCALES, min_size=1, max_size=3),
     fmt=FORMATS,
     eps=EPS,
-    alpha=st.sampled_from([0.0, 5.0, 1e3]),
+    alpha=st.sampled_from([0.0, 5.0, 1e3, 3e38]),
+    rate=st.sampled_from([0.0, 1e-3, -3e38]),
+    scale=st.sampled_from([1.0, 0.0, 1e30]),
+    corrected=st.booleans(),
 )
 def test_never_a_nan(
-    decays: Any, warmups: Any, counts: Any, scales: Any, fmt: Any, eps: Any, alpha: Any
+    decays: Any,
+    warmups: Any,
+    counts: Any,
+    scales: Any,
+    fmt: Any,
+    eps: Any,
+    alpha: Any,
+    rate: Any,
+    scale: Any,
+    corrected: Any,
 ):
     b1, b2, b3, b3_start = decays
     optim = AdEMAMix(
-        1e-3,
+        rate,
         b1=b1,
         b2=b2,
-        b3=beta3_scheduler(b3, b3_start, warmup=warmups[0]),
+        # Without a warm-up, a start above the end is an error.
+        b3=beta3_scheduler(b3, b3_start if warmups[0] else 0.0, warmup=warmups[0]),
         alpha=alpha_scheduler(alpha, warmup=warmups[1]),
         eps=eps[0],
         eps_root=eps[1],
         weight_decay=0.1,
         state_format=fmt,
+        bias_correct_m2=corrected,
+        decoupled_weight_decay=not corrected,
+        learning_rate_scale=scale,
     )
     params = jnp.asarray([1.0, -1.0, 0.0, 1e-3])
     state = optim.init(params)
     counters = tuple(jnp.asarray(count, jnp.int32) for count in counts)
     state = eqx.tree_at(lambda s: (s.count, s.count_m2), state, counters)
     kind = tree_type(state)
-    for scale in [*scales, 0.0, 1.0]:
-        grads = scale * jnp.asarray([1.0, -1.0, 0.0, 1e-3])
+    for size in [*scales, 0.0, 1.0]:
+        grads = size * jnp.asarray([1.0, -1.0, 0.0, 1e-3])
         updates, state = optim.update(grads, state, params)
         for x in jtu.tree_leaves((updates, state)):
-            assert not np.any(np.isnan(np.asarray(x, np.float64)))
+            assert np.all(np.isfinite(np.asarray(x, np.float64)))
         assert tree_type(state) == kind
 
 
@@ -83,8 +99,8 @@ def test_zero_gradients_move_nothing(b1: float):
 
 
 def test_a_square_that_overflows_is_forgotten():
-    """1e20 squared overflows float32. The average stores the largest finite number
-    instead, so it can decay, and the parameter can change again."""
+    """1e20 squared overflows float32. The gradient is clipped, so the average of the
+    squares is finite and can decay, and the parameter can change again."""
     optim = AdEMAMix(1e-3, b1=0.5, b2=0.5, b3=0.5)
     state = optim.init(jnp.zeros(1))
     updates, state = optim.update(jnp.asarray([1e20]), state)
