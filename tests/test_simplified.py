@@ -1687,11 +1687,11 @@ ERRORS: dict[str, Any] = {
     "no state": (updated(OPTIM, None), f"`state` is None, but a {MINE} was expected"),
     "hyperparams of a state of AdEMAMix": (
         lambda: hyperparams(OPTIM, init(ADEMAMIX, MODEL)),
-        f"`state` has no states of SimplifiedAdEMAMix, .* Found in it: {OTHERS}",
+        "`state` has no states of SimplifiedAdEMAMix, .* Found in it: AdEMAMixState",
     ),
     "hyperparams of AdEMAMix": (
         lambda: hyperparams(ADEMAMIX, STATE),
-        f"`state` has no states of AdEMAMix, .* Found in it: {MINE}",
+        "`state` has no states of AdEMAMix, .* Found in it: SimplifiedAdEMAMixState",
     ),
     "swapped": (
         lambda: update(OPTIM, STATE, GRADS, MODEL),

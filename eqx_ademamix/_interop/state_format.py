@@ -55,7 +55,8 @@ def change_state_format(
 
     - `ValueError` or `TypeError`: if there is no state of the kind that `optim` has, or
         more than one; if it belongs to another model; if it has no `m1`, but `optim`
-        needs one; or if arithmetic has changed the dtype of a counter.
+        needs one; if it has illegal values (such as NaN, or a negative `nu`); or if
+        arithmetic has changed the dtype of a counter.
 
     !!! Example
 
