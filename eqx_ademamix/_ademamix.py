@@ -27,15 +27,7 @@ from ._hyperparams import (
     resolve_decay,
 )
 from ._learning_rate_scale import Scales, checked_scales
-from ._numerics import (
-    Decay,
-    abs_squared,
-    bias_factor,
-    moving_average,
-    over,
-    saturated,
-    times,
-)
+from ._numerics import Decay, abs_squared, bias_factor, moving_average, over, times
 from ._schedules import AlphaSchedule, Beta3Schedule
 from ._state import AdEMAMixState
 from ._step import AbstractMomentOptimizer
@@ -127,7 +119,7 @@ class AdEMAMix(AbstractMomentOptimizer[AdEMAMixState, Hyperparams]):
         m2_hat = m.m2 if h._m2_weight is None else over(m.m2, h._m2_weight)
         nu_hat = over(m.nu, h._bias2)
         denominator = jnp.sqrt(nu_hat + h._eps_root) + h._eps
-        return over(saturated(m1_hat + times(h.alpha, m2_hat)), denominator)
+        return over(m1_hat + times(h.alpha, m2_hat), denominator)
 
     def resolve(self, state: AdEMAMixState) -> Hyperparams:
         """The hyperparameters of the next step, at the counters before it."""

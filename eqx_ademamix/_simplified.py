@@ -34,7 +34,6 @@ from ._numerics import (
     moving_average,
     moving_sum,
     over,
-    saturated,
     times,
 )
 from ._schedules import AlphaSchedule, Beta3Schedule
@@ -118,7 +117,7 @@ class SimplifiedAdEMAMix(
     @staticmethod
     def direction(g: Array, m: Moments[Array], h: SimplifiedHyperparams) -> Array:
         """The rule on one leaf: the direction, before learning rate and decay."""
-        momentum = over(saturated(times(h.alpha, g) + m.m2), h._divisor)
+        momentum = over(times(h.alpha, g) + m.m2, h._divisor)
         nu_hat = over(m.nu, h._bias2)
         return over(momentum, jnp.sqrt(nu_hat + h._eps_root) + h._eps)
 

@@ -141,8 +141,8 @@ class AbstractMomentOptimizer(AbstractOptimizer[S], Generic[S, H]):
         selection = select(self.trainable, grads, state.moments, params)
         # 2. Check
         fmt, has_params = self.state_format, params is not None
-        check_weights(state, self.weights)
         check_step(selection, state, fmt, has_m1=self.has_m1, has_params=has_params)
+        check_weights(state, self.weights)
         # 3. Resolve
         h = self.resolve(state)
         plans = _plans(self, selection)

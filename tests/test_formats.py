@@ -562,9 +562,8 @@ def test_to_and_from_optax_and_adamw():
     mesh = Mesh(np.array(jax.devices()), ("x",))
     sharding = NamedSharding(mesh, PartitionSpec("x"))
     weights = {"w": params["w"]}
-    adam = optax.ScaleByAdamState(
-        jnp.int32(3), *[jax.device_put(weights, sharding)] * 2
-    )
+    mu = jax.device_put(weights, sharding)
+    adam = optax.ScaleByAdamState(jnp.int32(3), mu, jax.tree.map(jnp.square, mu))
     switched = eqx_ademamix.from_adamw(adam, optim, weights)
     assert switched.m2["w"].real[0].sharding == sharding
 

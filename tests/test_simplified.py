@@ -524,10 +524,13 @@ def test_arguments_and_their_defaults():
         ("state_format", StateFormat.float32()),
         ("bias_correct_m1", False),
         ("normalize", False),
+        ("decoupled_weight_decay", False),
+        ("learning_rate_scale", 1.0),
     ]
     keyword_only = inspect.Parameter.KEYWORD_ONLY
     by_keyword = {k for k, x in parameters.items() if x.kind == keyword_only}
-    assert by_keyword == {"bias_correct_m1", "normalize"}
+    flags = {"bias_correct_m1", "normalize", "decoupled_weight_decay"}
+    assert by_keyword == flags | {"learning_rate_scale"}
 
 
 @pytest.mark.parametrize(
