@@ -416,8 +416,10 @@ def checked_steps(change: Any, *, check: bool = True, jit: bool = True) -> Any:
 def test_changed_updates_are_detected(jit: bool):
     halved = lambda u: u * jnp.asarray(0.5, u.dtype)
     one_entry = lambda u: u.at[7].set(0)
+    # With the oldest JAX, Equinox fails to read its own message from the error.
+    text = "are not those that its last update led|not enough values to unpack"
     for change in (halved, one_entry):
-        with pytest.raises(Exception, match="are not those that its last update led"):
+        with pytest.raises(Exception, match=text):
             checked_steps(change, jit=jit)
         checked_steps(change, check=False)
     same = checked_steps(lambda u: u, jit=jit)
