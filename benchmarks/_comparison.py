@@ -179,14 +179,11 @@ def plot(comparison: Comparison, path: Path) -> None:
     """Plots the losses by step, with their range over the seeds, and AdamW's final
     losses by length of the run."""
     figure, (over_steps, final) = panels(2, 10.5, 4.2)
-    longer = comparison.longer
-    for color, steps in zip(shades("Blues", len(longer)), longer, strict=True):
-        _band(over_steps, longer[steps], color, f"AdamW, {steps} steps")
-    colors: dict[OptimizerName, str] = {"adamw": GRAY, "ademamix": RED}
-    for name, color in colors.items():
-        runs = comparison.repeats[name]
-        label = f"{TITLES[name]}, {runs[0].settings['steps']} steps"
-        _band(over_steps, runs, color, label)
+    adamw, ours = comparison.adamw, comparison.repeats["ademamix"]
+    colors = reversed(shades("Greys", len(adamw)))
+    for color, steps in zip(colors, adamw, strict=True):
+        _band(over_steps, adamw[steps], color, f"AdamW, {steps} steps")
+    _band(over_steps, ours, RED, f"AdEMAMix, {ours[0].settings['steps']} steps")
     highest = max(np.mean(reported(runs)) for runs in comparison.adamw.values())
     first = np.mean([run.losses[0][2] for run in comparison.repeats["adamw"]])
     over_steps.set(
@@ -226,7 +223,7 @@ def _draw_final(axes: Axes, comparison: Comparison) -> None:
         xscale="log",
         xticks=lengths,
         xticklabels=lengths,
-        title="how long AdamW needs",
+        title="steps AdamW needs to match AdEMAMix",
     )
     axes.minorticks_off()
     legend(axes)

@@ -65,7 +65,7 @@ def past_gradients(path: Path, short: bool) -> list[Number]:
     shares.set(xscale="log", ylabel="share of the total weight")
     shares.set_title("weight on gradients at least that old")
     for axes in (weights, shares):
-        axes.set_xlabel("steps ago (1: the present gradient)")
+        axes.set_xlabel("steps ago (1: the current gradient)")
     legend(weights, loc="upper right")
     save(figure, path)
     return [

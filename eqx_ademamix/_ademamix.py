@@ -59,9 +59,9 @@ class AdEMAMix(AbstractMomentOptimizer[AdEMAMixState, Hyperparams]):
     $\alpha = 0$ is AdamW.
 
     Every hyperparameter is a field. A Python number is static under `eqx.filter_jit`: a
-    new value compiles again. An array of shape `()` is traced: a new value compiles
-    nothing, and a batch of values, under `eqx.filter_vmap`, turns a sweep into one
-    program.
+    different number triggers recompilation. An array of shape `()` is traced: a new
+    value does not, and a batch of values, under `eqx.filter_vmap`, turns a sweep into
+    one program.
 
     You can use the optimizer anywhere optax accepts one by its `init` and `update`. In
     `optax.inject_hyperparams`, list every argument that is neither a number nor a
@@ -216,8 +216,8 @@ class AdEMAMix(AbstractMomentOptimizer[AdEMAMixState, Hyperparams]):
             By default as float32, or as the parameter's own wider type.
         - `bias_correct_m2`: whether to divide $m_2$ by the sum of the weights of all
             gradients in it, $1 - \prod_i \beta_3(i)$, so that it is a true average from
-            the first step on. The paper does so in its Figure 2, but not in Algorithm
-            1. The state then keeps that sum, `m2_weight`.
+            the first step on. The paper does so in its Figure 2, but Algorithm 1 does
+            not. The state then keeps that sum, `m2_weight`.
         - `decoupled_weight_decay`: whether the decay term is $-\lambda(t) \, \theta$,
             without the learning rate (Loshchilov & Hutter 2019, arXiv:1711.05101,
             Algorithm 2). To decay the term with the learning rate, give `weight_decay`

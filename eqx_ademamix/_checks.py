@@ -129,8 +129,8 @@ def check_weights(state: AbstractMomentState[Any], used: tuple[str, ...]) -> Non
             expected = "one" if name in used else "none"
             raise ValueError(
                 f"state.{name} is {describe(weight)}, but this optimizer keeps "
-                f"{expected}. Was `bias_correct_m2` another one when the state was "
-                "made? Convert the state with `change_state_format(state, optim, "
+                f"{expected}. Was `bias_correct_m2` different when the state was "
+                "created? Convert the state with `change_state_format(state, optim, "
                 "params)`."
             )
 
@@ -302,9 +302,9 @@ def _check_static(name: str, departures: list[Departure], other: str) -> None:
     for path, _, _, is_static in departures:
         if is_static:
             raise ValueError(
-                f"{name}{path_text(path)} has other static fields than {other} has "
-                "there, though their arrays fit together. Was `init` called with "
-                "another model? Make the state with the model that is trained."
+                f"{name}{path_text(path)} has different static fields from {other} "
+                "there, although the arrays match. Was `init` called with another "
+                "model? Make the state with the model that is trained."
             )
 
 
@@ -339,7 +339,7 @@ def _raise_moments_differ(
 
 def _raise_moments_static(name: str | None, path: Path, other: str | None) -> NoReturn:
     raise ValueError(
-        f"state.{name}{path_text(path)} has other static fields than state.{other} has "
+        f"state.{name}{path_text(path)} has different static fields from state.{other} "
         "there. Pass on the state as `init` of this optimizer or the last `update` "
         "returned it."
     )

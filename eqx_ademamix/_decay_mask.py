@@ -28,7 +28,7 @@ from ._paths import (
 from ._typing import no_type_check
 
 
-_NORMS = (eqx.nn.LayerNorm, eqx.nn.RMSNorm, eqx.nn.GroupNorm, eqx.nn.BatchNorm)
+NORMS = (eqx.nn.LayerNorm, eqx.nn.RMSNorm, eqx.nn.GroupNorm, eqx.nn.BatchNorm)
 # `bias`, `bias_ih`, `qkv_bias`, `biases`, `bias2`, `qkvBias`, but not `unbiased`.
 _BIAS = re.compile(r"((^|_)[bB]ias|[a-z]Bias)(es)?\d*(_|[A-Z]|$)")
 
@@ -49,7 +49,7 @@ class _Verdict(NamedTuple):
 
 Predicate: TypeAlias = Callable[[str, Any], bool | None]
 _Pattern: TypeAlias = str | re.Pattern[str]
-_Patterns: TypeAlias = _Pattern | Sequence[_Pattern]
+Patterns: TypeAlias = _Pattern | Sequence[_Pattern]
 
 
 @no_type_check
@@ -57,9 +57,9 @@ def decay_mask(
     model: PyTree,
     *,
     predicate: Predicate | None = None,
-    exclude: _Patterns = (),
-    include: _Patterns = (),
-    skip_types: type | tuple[type, ...] = _NORMS,
+    exclude: Patterns = (),
+    include: Patterns = (),
+    skip_types: type | tuple[type, ...] = NORMS,
 ) -> PyTree[bool]:
     r"""Chooses the leaves that weight decay acts on.
 
@@ -331,6 +331,6 @@ def decay_report(model: PyTree, mask: FilterSpec) -> str:
 
 
 def _row(place: _Place, flag: bool) -> tuple[str, str, str]:
-    by_rule = _by_rule(place, _NORMS)
+    by_rule = _by_rule(place, NORMS)
     rule = by_rule.rule if by_rule.decayed == flag else f"chosen ({by_rule.rule})"
     return full_path_text(place.path), str(place.leaf.shape), rule

@@ -1,5 +1,6 @@
 """Hyperparameters: checked where they are concrete, resolved at the counters."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias, TypeVar
@@ -205,6 +206,27 @@ class AbstractHyperparams(eqx.Module):
     learning_rate: eqx.AbstractVar[Scalar]
     weight_decay: eqx.AbstractVar[Scalar]
     _eps: eqx.AbstractVar[Scalar]
+
+    def __repr__(self) -> str:
+        """Shows numbers, where Equinox would show `f32[]`."""
+        names = [x.name for x in dataclasses.fields(self) if x.repr]
+        parts = (f"{name}={_shown(getattr(self, name))}" for name in names)
+        return f"{type(self).__name__}({', '.join(parts)})"
+
+
+def _shown(value: Any) -> str:
+    if not _is_readable(value):
+        return eqx.tree_pformat(value)
+    # As a NumPy scalar, a float32 0.1 is `0.1`, not `0.10000000149011612`.
+    return str(np.asarray(value)[()])
+
+
+def _is_readable(value: object) -> bool:
+    """Whether a value is an array whose numbers are on this machine."""
+    if isinstance(value, Tracer) or not isinstance(value, jax.Array):
+        return isinstance(value, (np.ndarray, np.generic))
+    is_here = value.is_fully_addressable or value.is_fully_replicated
+    return is_here and not value.is_deleted()
 
 
 H = TypeVar("H", bound=AbstractHyperparams)

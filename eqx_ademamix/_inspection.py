@@ -53,8 +53,8 @@ def hyperparams(optim: AbstractOptimizer[Any], state: PyTree) -> AbstractHyperpa
     **Arguments:**
 
     - `optim`: an [`eqx_ademamix.AdEMAMix`][] or [`eqx_ademamix.SimplifiedAdEMAMix`][],
-        alone or inside an [`eqx_ademamix.Compensated`][]. Of an optax optimizer such as
-        `optax.chain(...)`, pass the optimizer of this package that is inside.
+        alone or inside an [`eqx_ademamix.Compensated`][]. For an optax optimizer such
+        as a chain, pass the `AdEMAMix` inside it.
     - `state`: its state, or a tree that contains exactly one state of its kind, such as
         the state of an `optax.chain`.
 

@@ -70,9 +70,9 @@ def path_scales(model: PyTree, rules: Rules) -> Scales:
     **Returns:**
 
     A tree shaped like the model with a scale at each inexact array, and `None`
-    elsewhere. Numbers become Python floats. Under `eqx.filter_jit`, they are static:
-    another number compiles again. Arrays stay arrays, which are traced: another array
-    compiles nothing. The tree is for `AdEMAMix(learning_rate_scale=...)`.
+    elsewhere. Numbers become Python floats. Under `eqx.filter_jit`, they are static: a
+    different number triggers recompilation. Arrays stay arrays, which are traced: a new
+    value does not. The tree is for `AdEMAMix(learning_rate_scale=...)`.
     [`eqx_ademamix.learning_rate_report`][] shows what is in it.
 
     **Raises:**

@@ -219,7 +219,7 @@ def contrast(found: Node, expected: Node) -> tuple[str, str]:
     sizes = len(children(found)[0]), len(children(expected)[0])
     if sizes[0] != sizes[1]:
         return f"{describe(found)} with {sizes[0]} children", f"one with {sizes[1]}"
-    return describe(found), "one with other static fields"
+    return describe(found), "one with different static fields"
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:

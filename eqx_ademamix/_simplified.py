@@ -46,7 +46,7 @@ from ._typing import no_type_check
 class SimplifiedAdEMAMix(
     AbstractMomentOptimizer[SimplifiedAdEMAMixState, SimplifiedHyperparams]
 ):
-    r"""AdEMAMix with one momentum instead of two, plus the present gradient with a
+    r"""AdEMAMix with one momentum instead of two, plus the current gradient with a
     weight of its own (Morwani, Vyas, Zhang, Kakade 2025, arXiv:2502.02431).
 
     With the gradient $g$, the parameter $\theta$, and the step $t = 1, 2, \dots$:
@@ -182,11 +182,12 @@ class SimplifiedAdEMAMix(
         r"""**Arguments:** those of [`eqx_ademamix.AdEMAMix`][], except:
 
         - `b1`: $\beta_1$, the decay of $m$, in [0, 1); or a schedule.
-        - `alpha`: $\alpha$, the extra weight of the present gradient, at least 0; or a
+        - `alpha`: $\alpha$, the extra weight of the current gradient, at least 0; or a
             schedule. Schedules are called with `state.count`.
         - `state_format`: its entry `m2` says how $m$ is stored.
         - `bias_correct_m1`: whether to divide by $n$.
-        - `normalize`: whether to divide by $n + \alpha$. Not both may be true.
+        - `normalize`: whether to divide by $n + \alpha$. Cannot be combined with
+            `bias_correct_m1`.
 
         **Raises:**
 

@@ -18,7 +18,8 @@ Batch = tuple[Float[Array, "batch 64"], Int[Array, " batch"]]
 def mean_loss(model: eqx.nn.MLP, batch: Batch) -> Float[Array, ""]:
     images, labels = batch
     logits = jax.vmap(model)(images)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return losses.mean()
 
 
 @eqx.filter_jit(donate="all-except-first")

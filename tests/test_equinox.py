@@ -14,6 +14,8 @@ from eqx_ademamix import (
     AbstractOptimizer,
     AdEMAMix,
     AdEMAMixState,
+    Hyperparams,
+    SimplifiedAdEMAMix,
     alpha_scheduler,
     beta3_scheduler,
     decay_mask,
@@ -248,6 +250,53 @@ def test_hyperparams():
             assert now.weight_decay == np.float32(0.1)
             assert len(jtu.tree_leaves(now)) == 6
         _, state = optim.update(params, state, params)
+
+
+@pytest.mark.parametrize(
+    "optim, text",
+    (
+        (
+            AdEMAMix(3e-3, alpha=alpha_scheduler(5.0, warmup=2), weight_decay=0.1),
+            "Hyperparams(learning_rate=0.003, b1=0.9, b2=0.999, b3=0.9999, alpha=0.0, "
+            "weight_decay=0.1)",
+        ),
+        (
+            SimplifiedAdEMAMix(1e-5, alpha=10.0),
+            "SimplifiedHyperparams(learning_rate=1e-05, b1=0.99, b2=0.95, alpha=10.0, "
+            "weight_decay=0.0)",
+        ),
+    ),
+)
+def test_hyperparams_print_their_numbers(optim: Any, text: str):
+    h = hyperparams(optim, init(optim, jnp.ones(3)))
+    assert repr(h) == str(h) == text
+    assert repr(jax.device_get(h)) == text
+
+
+def test_hyperparams_without_numbers_print_their_types():
+    optim = AdEMAMix(jnp.asarray(0.5), weight_decay=jnp.asarray(0.25))
+    state, texts = init(optim, jnp.ones(3)), []
+
+    def read(optim: AdEMAMix) -> Hyperparams:
+        h = hyperparams(optim, state)
+        texts.append(repr(h))
+        return h
+
+    eqx.filter_jit(read)(optim)
+    assert texts[0].startswith("Hyperparams(learning_rate=f32[], b1=")
+    assert texts[0].endswith(", weight_decay=f32[])")
+    h = hyperparams(optim, state)
+    h.weight_decay.delete()
+    assert repr(h).startswith("Hyperparams(learning_rate=0.5, b1=0.9, ")
+    assert repr(h).endswith(", weight_decay=f32[])")
+    assert repr(eqx.filter(h, False)).endswith(", weight_decay=None)")
+
+
+def test_hyperparams_of_a_sweep_print_all_numbers():
+    make = lambda rate: AdEMAMix(rate)
+    read = lambda optim: hyperparams(optim, init(optim, jnp.ones(3)))
+    h = eqx.filter_vmap(read)(eqx.filter_vmap(make)(jnp.asarray([0.25, 0.5])))
+    assert repr(h).startswith("Hyperparams(learning_rate=[0.25 0.5 ], ")
 
 
 #

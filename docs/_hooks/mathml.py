@@ -7,16 +7,26 @@ from typing import Any
 from latex2mathml.converter import convert
 
 
-_INLINE = re.compile(r'<span class="arithmatex">\\\((.*?)\\\)</span>', re.DOTALL)
+_INLINE = re.compile(
+    r'<span class="arithmatex">\\\((.*?)\\\)</span>', re.DOTALL
+)
 _DISPLAY = re.compile(r'<div class="arithmatex">\\\[(.*?)\\\]</div>', re.DOTALL)
 
 
-# What the converter leaves to the browser, which gives minus signs and bars the spaces
-# of operators between two terms, and functions none.
+# What the converter leaves to the browser: a minus sign or a bar would get the
+# spaces of an operator between two terms, and so would the names of some
+# functions. A bar would also stretch, and hang below the line if it has an
+# exponent.
+_BAR = '<mo stretchy="false" lspace="0" rspace="0">&#x0007C;'
 _SPACING = (
-    (r"((?:&#x00028;|&#x0002C;)</mo>)<mo>&#x02212;", r'\1<mo form="prefix">&#x02212;'),
-    (r'<mo stretchy="false">&#x0007C;', '<mo lspace="0" rspace="0">&#x0007C;'),
-    (r"(<mi>(?:log|exp|sin|cos|max)</mi>)(?!<mo)", r'\1<mspace width="0.17em" />'),
+    (
+        r"((?:&#x00028;|&#x0002C;)</mo>)<mo>&#x02212;",
+        r'\1<mo form="prefix">&#x02212;',
+    ),
+    (r'<mo(?: stretchy="false")?>&#x0007C;', _BAR),
+    (r"<mo>&#x02202;</mo>", '<mi mathvariant="normal">&#x02202;</mi>'),
+    (r"<mo>([a-z]{2,})</mo>", r"<mi>\1</mi>"),  # min, max, and `\operatorname`
+    (r"(<mi>[a-z]{2,}</mi>)(?!<mo)", r'\1<mspace width="0.17em" />'),
 )
 
 

@@ -216,7 +216,7 @@ def simplified_ademamix(
     - `learning_rate`: the learning rate, a number or a schedule.
     - `b1`, `b2`: the decays of the momentum and of the average of squares. `b1` may be
         a schedule.
-    - `alpha`: the extra weight of the present gradient, a number or a schedule.
+    - `alpha`: the extra weight of the current gradient, a number or a schedule.
     - `eps`, `eps_root`: numbers added to the denominator, outside and inside the root.
     - `weight_decay`: the strength of the decoupled weight decay.
     - `mask`: as in [`eqx_ademamix.ademamix`][].
