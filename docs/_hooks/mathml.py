@@ -20,7 +20,7 @@ _DISPLAY = re.compile(r'<div class="arithmatex">\\\[(.*?)\\\]</div>', re.DOTALL)
 _BAR = '<mo stretchy="false" lspace="0" rspace="0">&#x0007C;'
 _SPACING = (
     (
-        r"((?:&#x00028;|&#x0002C;)</mo>)<mo>&#x02212;",
+        r"((?:&#x00028;|&#x0002C;|&#x0003D;)</mo>)<mo>&#x02212;",
         r'\1<mo form="prefix">&#x02212;',
     ),
     (r'<mo(?: stretchy="false")?>&#x0007C;', _BAR),
