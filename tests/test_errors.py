@@ -42,6 +42,7 @@ STATE = init(OPTIM, MODEL)
 DECAYING = AdEMAMix(1e-3, weight_decay=0.1, weight_decay_mask=decay_mask(MODEL))
 SWAPPED = eqx.nn.MLP(3, 2, 5, 2, key=jax.random.key(1))  # another width
 DEEPER = eqx.nn.MLP(3, 2, 4, 3, key=jax.random.key(1))
+NORM, OTHER_NORM = (eqx.nn.LayerNorm(3, eps=eps) for eps in (1e-5, 1e-3))
 
 W0 = lambda tree: tree.layers[0].weight
 B2 = lambda tree: tree.layers[2].bias
@@ -340,7 +341,8 @@ CASES = (
     (
         "without m2_weight",
         lambda: update(AdEMAMix(1, bias_correct_m2=True), GRADS, STATE, MODEL),
-        r"state\.m2_weight is None, but this optimizer keeps one. Was `bias_correct_m2`",
+        r"state\.m2_weight is None, but this optimizer keeps one. "
+        r"Was `bias_correct_m2` different when the state was created\? Convert",
     ),
     (
         "with m2_weight",
@@ -442,6 +444,21 @@ CASES = (
         "m1 of another structure",
         state(lambda s: s.m1, [jnp.ones(2)]),
         r"state\.m1 is a list of length 1, but state\.m2 has an `MLP` there: the moments of one",
+    ),
+    (
+        "m2 with other static fields",
+        lambda: update(
+            OPTIM,
+            NORM,
+            put(init(OPTIM, NORM), lambda s: s.m2, init(OPTIM, OTHER_NORM).m2),
+        ),
+        r"state\.m2 has different static fields from state\.nu there",
+    ),
+    (
+        "of a model with other static fields",
+        lambda: update(OPTIM, NORM, init(OPTIM, NORM), OTHER_NORM),
+        "params has different static fields from the optimizer state there, although the "
+        "arrays match",
     ),
     (
         "count a float",
