@@ -15,7 +15,9 @@ ENTRIES = (32, 256)  # of a leaf: enough for `compact` to encode it
 
 
 def shapes(leaves: int) -> Any:
-    return {f"layer{i}": jax.ShapeDtypeStruct(ENTRIES, jnp.float32) for i in range(leaves)}
+    return {
+        f"layer{i}": jax.ShapeDtypeStruct(ENTRIES, jnp.float32) for i in range(leaves)
+    }
 
 
 def bench_compile(case: CompileCase, in_turn: Any) -> None:

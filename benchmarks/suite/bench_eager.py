@@ -32,7 +32,7 @@ class EagerRun:
 
 
 def bench_eager(case: EagerCase, in_turn: Any) -> None:
-    params = normal_tree(0, ENTRIES * case.leaves, case.leaves, jnp.float32)
+    params = normal_tree(ENTRIES * case.leaves, case.leaves, jnp.float32)
     runs = {name: EagerRun(SIDES[name](), params) for name in case.sides}
     for run in runs.values():
         run()

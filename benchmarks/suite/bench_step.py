@@ -2,12 +2,14 @@
 
 from typing import Any
 
+import jax.numpy as jnp
+
 from . import bounds, cases, torch_runs
 from .cases import StepCase
 from .machine import free_memory
 from .measure import Absent, Run, calls_that_take, sampler_of, seconds_of
 from .sides import SIDES, JaxRun
-from .trees import normal_tree
+from .trees import Tree, normal_tree
 
 
 LEAST_SECONDS = 5e-3  # of a measurement, so that the timer and the call don't count
@@ -35,22 +37,20 @@ def runs_of(case: StepCase) -> tuple[dict[str, Run], dict[str, str]]:
     """What can be run, and why the rest cannot."""
     runs: dict[str, Run] = {}
     absent: dict[str, str] = {}
+    grads = {x: normal_tree(*case[:2], x) for x in (jnp.float32, jnp.bfloat16)}
     for name in case.sides:
         try:
-            runs[name] = run_of(name, case)
+            runs[name] = run_of(name, case, grads)
         except Absent as reason:
             absent[name] = str(reason)
     return runs, absent
 
 
-def run_of(name: str, case: StepCase) -> Run:
+def run_of(name: str, case: StepCase, grads: dict[Any, Tree]) -> Run:
+    if name in SIDES:
+        return JaxRun(side := SIDES[name](), grads[side.dtype])
     if name == cases.IN_PLACE:
         return bounds.InPlaceScale(case.parameters)
-    if name in SIDES:
-        side = SIDES[name]()
-        params, grads = (normal_tree(seed, *case[:2], side.dtype) for seed in (0, 1))
-        return JaxRun(side, params, grads)
-    grads = normal_tree(1, *case[:2], "float32")
     if name == cases.C_LOOP:
-        return bounds.CLoop.on(grads)
-    return torch_runs.TorchRun(name, grads)
+        return bounds.CLoop.on(grads[jnp.float32])
+    return torch_runs.TorchRun(name, grads[jnp.float32])

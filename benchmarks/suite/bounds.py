@@ -58,7 +58,7 @@ void step(long n, float *p, const float *g, float *m1, float *m2, float *nu,
 }
 """
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math")
-PARALLEL = "_Pragma(\"omp parallel for simd schedule(static)\")"
+PARALLEL = '_Pragma("omp parallel for simd schedule(static)")'
 
 
 @ft.cache

@@ -59,7 +59,9 @@ class Loop:
         self._count += 1
 
     def wait(self) -> None:
-        jax.block_until_ready([x for x in jax.tree.leaves(self._carry) if eqx.is_array(x)])
+        jax.block_until_ready(
+            [x for x in jax.tree.leaves(self._carry) if eqx.is_array(x)]
+        )
 
 
 def runs_of(leaves: int) -> dict[str, Run]:

@@ -57,9 +57,7 @@ def _simplified() -> SimplifiedAdEMAMix:
 
 # Functions, so that nothing is made before it is measured.
 SIDES: dict[str, Callable[[], Side]] = {
-    cases.BASELINE: lambda: of_optax(
-        optax.contrib.ademamix(LEARNING_RATE, **SETTINGS)
-    ),
+    cases.BASELINE: lambda: of_optax(optax.contrib.ademamix(LEARNING_RATE, **SETTINGS)),
     cases.FLOAT32: lambda: ours(_ademamix()),
     cases.HALF: lambda: ours(_ademamix(state_format=StateFormat.half())),
     cases.COMPACT: lambda: ours(_ademamix(state_format=StateFormat.compact())),
@@ -118,7 +116,8 @@ class JaxRun:
 
     facts: dict[str, float]
 
-    def __init__(self, side: Side, params: Tree, grads: Tree):
+    def __init__(self, side: Side, grads: Tree):
+        params = jax.tree.map(jnp.array, grads)  # a copy, which is donated
         state = side.init(params)
         built = build(side.step, params, state, grads)
         self._compiled, self._grads = built.compiled, grads

@@ -44,7 +44,9 @@ class TorchRun:
         if importlib.util.find_spec(peer.module) is None:
             raise Absent("not installed")
         try:
-            self._optim = peer.make(importlib.import_module(peer.module), _params(grads))
+            self._optim = peer.make(
+                importlib.import_module(peer.module), _params(grads)
+            )
             self._optim.step()
             self.facts = {"state": _state_bytes(self._optim)}
         except Exception as error:

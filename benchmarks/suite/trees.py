@@ -16,10 +16,10 @@ def shape_of_leaf(parameters: int, leaves: int) -> tuple[int, int]:
     return size // columns, columns
 
 
-def normal_tree(seed: int, parameters: int, leaves: int, dtype: Any) -> Tree:
+def normal_tree(parameters: int, leaves: int, dtype: Any) -> Tree:
     """Leaves of one shape, as the layers of a transformer have."""
     shape = shape_of_leaf(parameters, leaves)
-    keys = jax.random.split(jax.random.key(seed), leaves)
+    keys = jax.random.split(jax.random.key(0), leaves)
     draw = jax.jit(lambda key: jax.random.normal(key, shape).astype(dtype))
     return {f"layer{i}": draw(key) for i, key in enumerate(keys)}
 
