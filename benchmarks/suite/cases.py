@@ -28,6 +28,12 @@ ALL = (BASELINE, *OURS, *PEERS, *BOUNDS)
 MAIN = (BASELINE, FLOAT32, COMPACT, ADAMW, *BOUNDS)
 COMPILED = (BASELINE, FLOAT32, COMPACT, NO_M1)
 
+# Loops around a small model.
+AS_ARGUMENT = "AdEMAMix, float32, as an argument"
+FLAT = "bound: jax.jit of flat tuples"
+MAKE_STEP = "make_step"
+EIGHT = "make_step, 8 steps per call"
+
 
 class StepCase(NamedTuple):
     """A compiled step of so many parameters, in leaves of one shape."""

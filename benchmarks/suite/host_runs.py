@@ -14,11 +14,6 @@ from .measure import Run
 from .sides import SIDES, Side
 
 
-OPTAX = cases.BASELINE
-OURS = cases.FLOAT32
-AS_ARGUMENT = "AdEMAMix, float32, as an argument"
-FLAT = "bound: jax.jit of flat tuples"
-MAKE_STEP, EIGHT = "make_step", "make_step, 8 steps per call"
 STEPS_PER_CALL = 8
 
 
@@ -58,20 +53,23 @@ class Loop:
             self._carry = self._step(self._carry)
         self._count += 1
 
+    def arrays(self) -> list[jax.Array]:
+        """The arrays of the carry, those of the model first."""
+        leaves = jax.tree.leaves(self._carry)
+        return [x for x in leaves if eqx.is_array(x)]
+
     def wait(self) -> None:
-        jax.block_until_ready(
-            [x for x in jax.tree.leaves(self._carry) if eqx.is_array(x)]
-        )
+        jax.block_until_ready(self.arrays())
 
 
 def runs_of(leaves: int) -> dict[str, Run]:
     net, scale = make_net(leaves), jnp.float32(0.5)
-    optax_side, our_side = SIDES[OPTAX](), SIDES[OURS]()
+    optax_side, our_side = SIDES[cases.BASELINE](), SIDES[cases.FLOAT32]()
     return {
-        OPTAX: by_hand(optax_side, net, scale),
-        OURS: by_hand(our_side, net, scale),
-        AS_ARGUMENT: by_hand_with_argument(net, scale),
-        FLAT: flat(our_side, net, scale),
+        cases.BASELINE: by_hand(optax_side, net, scale),
+        cases.FLOAT32: by_hand(our_side, net, scale),
+        cases.AS_ARGUMENT: by_hand_with_argument(net, scale),
+        cases.FLAT: flat(our_side, net, scale),
         **made(net, scale),
     }
 
@@ -131,8 +129,10 @@ def made(net: Net, scale: jax.Array) -> dict[str, Run]:
     eight = make_step(loss_fn, optim, steps_per_call=STEPS_PER_CALL)
     scales = jnp.full(STEPS_PER_CALL, scale)
     return {
-        MAKE_STEP: Loop(lambda carry: one(carry[0], scale), (one.init(net), None)),
-        EIGHT: Loop(
+        cases.MAKE_STEP: Loop(
+            lambda carry: one(carry[0], scale), (one.init(net), None)
+        ),
+        cases.EIGHT: Loop(
             lambda carry: eight(carry[0], scales),
             (eight.init(net), None),
             every=STEPS_PER_CALL,

@@ -12,7 +12,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from . import cases, text
-from .host_runs import AS_ARGUMENT, EIGHT, FLAT, MAKE_STEP
 from .results import Case, Results, cases_of, series, sides_of
 
 
@@ -31,10 +30,10 @@ STYLES: dict[str, dict[str, Any]] = {
     cases.BITSANDBYTES: dict(color="goldenrod", marker="x", ls="--"),
     cases.IN_PLACE: dict(color="tab:green", marker="_", ls=":"),
     cases.C_LOOP: dict(color="darkgreen", marker="+", ls=":"),
-    AS_ARGUMENT: dict(color="tab:cyan", marker="s"),
-    FLAT: dict(color="tab:green", marker="_", ls=":"),
-    MAKE_STEP: dict(color="tab:red", marker="D"),
-    EIGHT: dict(color="tab:purple", marker="v"),
+    cases.AS_ARGUMENT: dict(color="tab:cyan", marker="s"),
+    cases.FLAT: dict(color="tab:green", marker="_", ls=":"),
+    cases.MAKE_STEP: dict(color="tab:red", marker="D"),
+    cases.EIGHT: dict(color="tab:purple", marker="v"),
 }
 # For axes of ratios: coarse, and fine where all ratios are near each other.
 COARSE = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10, 20, 50, 100)
