@@ -40,6 +40,7 @@ def sampler(side: Side, leaves: int, facts: dict[str, float]) -> Callable[[], Sa
     state = jax.eval_shape(side.init, params)
 
     def sample() -> Sample:
+        jax.clear_caches()  # of an earlier round
         built = build(side.step, params, state, params)
         facts["instructions"] = num_instructions(built.compiled.as_text())
         return built.seconds

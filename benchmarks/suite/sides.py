@@ -83,8 +83,7 @@ class Built(NamedTuple):
 
 
 def build(step: Callable[..., Any], *args: Any) -> Built:
-    """Traces, lowers and compiles, with nothing left over from an earlier time."""
-    jax.clear_caches()
+    """Traces, lowers and compiles."""
     jitted: Any = jax.jit(step, donate_argnums=(0, 1))
     times = [time.perf_counter()]
     # Before JAX 0.4.33, `lower` traces.
