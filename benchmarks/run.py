@@ -29,6 +29,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 def measure(kinds: tuple[Kind, ...], short: bool, budget: float) -> results.Results:
     """Runs pytest-benchmark in a process of its own."""
+    load = f"{os.getloadavg()[0]:.1f}"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "found.json"
         options = ["-c", str(SUITE / "pytest.ini"), f"--budget={budget}", "-rs"]
@@ -39,7 +40,10 @@ def measure(kinds: tuple[Kind, ...], short: bool, budget: float) -> results.Resu
         # The threads of the C loop and of torch must not spin while others run.
         environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}
         subprocess.run(command, check=True, env=environment)
-        return results.from_pytest_benchmark(json.loads(path.read_text()))
+        found = json.loads(path.read_text())
+    found["machine_info"]["load before the run"] = load
+    found["machine_info"]["cases"] = "the short form" if short else "all"
+    return results.from_pytest_benchmark(found)
 
 
 def draw(out: Path) -> None:

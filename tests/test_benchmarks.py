@@ -254,6 +254,33 @@ def test_times_have_units(module: Any, value: float, text: str):
     assert module("suite.text").seconds(value) == text
 
 
+def test_ticks_are_round(module: Any):
+    found = [module("suite.text").tick(x) for x in (5 * 10.0**-4, 10 * 10.0**-4, 2.0)]
+    assert found == ["500 µs", "1 ms", "2 s"]
+
+
+def test_ratios_have_two_digits(module: Any):
+    found = {"median": 0.0451, "low": 0.004, "high": 12.345}
+    assert module("suite.text").ratio(found) == "**0.045** (0.004 to 12.35)"
+
+
+def test_the_glance_shows_the_cases_with_most_of_our_sides(module: Any):
+    cases = module("suite.cases")
+
+    def case(parameters: int, leaves: int, *sides: str) -> Any:
+        size = {"parameters": parameters, "leaves": leaves}
+        return {"case": size, "sides": dict.fromkeys(sides)}
+
+    both = (cases.FLOAT32, cases.COMPACT)
+    found = [
+        case(100, 1, *both, cases.BITSANDBYTES),
+        case(200, 1, *both),
+        case(900, 1, cases.FLOAT32, *cases.PEERS),
+        case(10, 64, cases.FLOAT32),
+    ]
+    assert module("suite.page").largest(found) == [found[1], found[3]]
+
+
 def test_names_of_sizes(module: Any):
     text = module("suite.text")
     found = [text.parameters(n) for n in (10**4, 2**23, 10**8)]

@@ -25,6 +25,8 @@ OURS = (FLOAT32, HALF, COMPACT, NO_M1, SIMPLIFIED, COMPENSATED)
 PEERS = (ADAMW, TORCH, PYTORCH_OPTIMIZER, BITSANDBYTES)
 BOUNDS = (IN_PLACE, C_LOOP)
 ALL = (BASELINE, *OURS, *PEERS, *BOUNDS)
+# On a CPU, bitsandbytes takes seconds for a step of a large model.
+FAST = tuple(name for name in ALL if name != BITSANDBYTES)
 MAIN = (BASELINE, FLOAT32, COMPACT, ADAMW, *BOUNDS)
 COMPILED = (BASELINE, FLOAT32, COMPACT, NO_M1)
 
@@ -81,9 +83,9 @@ LARGE, LARGE_IN_MANY = 2**25, 2**23  # 33.6 M and 8.4 M
 
 FULL = Plan(
     step=(
-        StepCase(LARGE, 1),
-        StepCase(LARGE, 64),
-        StepCase(LARGE_IN_MANY, 512),
+        StepCase(LARGE, 1, FAST),
+        StepCase(LARGE, 64, FAST),
+        StepCase(LARGE_IN_MANY, 512, FAST),
         *(StepCase(n, 1) for n in (10**4, 10**5, 10**6, 10**7)),
         *(StepCase(n, 64, MAIN) for n in (10**4, 10**5, 10**6, 10**7)),
         StepCase(10**8, 1, MAIN),

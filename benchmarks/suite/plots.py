@@ -35,10 +35,18 @@ STYLES: dict[str, dict[str, Any]] = {
     cases.MAKE_STEP: dict(color="tab:red", marker="D"),
     cases.EIGHT: dict(color="tab:purple", marker="v"),
 }
-# For axes of ratios: coarse, and fine where all ratios are near each other.
-COARSE = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10, 20, 50, 100)
-FINE = (0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.3, 1.4, 1.6, 1.8, 2)
-TIMES = tuple(digit * 10.0**k for k in range(-7, 4) for digit in (1, 2, 5))
+# Ticks for axes of ratios and of times, by the largest range that they suit.
+RATIOS: dict[float, tuple[float, ...]] = {
+    3: (0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.3, 1.4, 1.6, 1.8, 2),
+    100: (0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10, 15, 20),
+    math.inf: (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100),
+}
+# With small leaves, the bounds are far below optax. The tables have those numbers.
+STEP_LIMITS = 0.2, 12.0
+TIMES: dict[float, tuple[float, ...]] = {
+    10: tuple(x * 10.0**k for k in range(-7, 4) for x in (1, 1.5, 2, 3, 5, 7)),
+    math.inf: tuple(x * 10.0**k for k in range(-7, 4) for x in (1, 2, 5)),
+}
 
 
 def draw(results: Results, folder: Path) -> None:
@@ -55,9 +63,11 @@ def steps(found: Sequence[Case]) -> Figure:
     for ax, count in zip(axes, counts, strict=True):
         some = [case for case in found if case["case"]["leaves"] == count]
         for side in sides_of(some):
-            plot_ratios(ax, *series(some, side, "step", "parameters"), side)
+            if side != cases.BITSANDBYTES:  # far above the limits
+                plot_ratios(ax, *series(some, side, "step", "parameters"), side)
         ax.set(title=text.leaves(count), xlabel="parameters", xscale="log")
     for ax in axes:
+        ax.set_ylim(STEP_LIMITS)
         ratio_axis(ax)
     axes[0].set_ylabel("step time / time of optax.contrib.ademamix")
     legend_below(figure, axes)
@@ -106,14 +116,21 @@ def plot_ratios(ax: Axes, x: Sequence[int], times: Sequence[Any], side: str) -> 
 
 def ratio_axis(ax: Axes) -> None:
     ax.set_yscale("log")
-    low, high = ax.get_ylim()
-    show_ticks(ax.yaxis, FINE if high / low < 3 else COARSE, (low, high))
+    show_ticks(ax.yaxis, suitable(RATIOS, ax.get_ylim()), ax.get_ylim())
     ax.axhline(1.0, color="black", lw=0.8)
 
 
 def time_axis(ax: Axes) -> None:
     ax.set(yscale="log", ylabel="time")
-    show_ticks(ax.yaxis, TIMES, ax.get_ylim(), text.seconds)
+    show_ticks(ax.yaxis, suitable(TIMES, ax.get_ylim()), ax.get_ylim(), text.tick)
+
+
+def suitable(
+    choices: dict[float, tuple[float, ...]], limits: tuple[float, float]
+) -> tuple[float, ...]:
+    """The ticks of the first choice whose key is at least the range of the axis."""
+    low, high = limits
+    return next(ticks for most, ticks in choices.items() if high / low <= most)
 
 
 def leaves_axis(ax: Axes, counts: Sequence[int]) -> None:

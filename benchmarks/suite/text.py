@@ -15,8 +15,19 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def seconds(x: float) -> str:
     """Three digits, in the largest unit in which the number is at least 1."""
-    scale, unit = next((u for u in UNITS if x >= u[0]), UNITS[-1])
+    scale, unit = _unit(x)
     return f"{_three_digits(x / scale)} {unit}"
+
+
+def tick(x: float) -> str:
+    """A round number of seconds, in the same unit."""
+    scale, unit = _unit(x)
+    return f"{x / scale:g} {unit}"
+
+
+def _unit(x: float) -> tuple[float, str]:
+    # A tick such as 10 * 1e-4 may lie an ulp below its unit.
+    return next((u for u in UNITS if x * (1 + 1e-9) >= u[0]), UNITS[-1])
 
 
 def _three_digits(x: float) -> str:
@@ -25,10 +36,15 @@ def _three_digits(x: float) -> str:
     return f"{x:,.{max(3 - before, 0)}f}"
 
 
+def factor(x: float) -> str:
+    """Two digits after the point, or two that are not zero."""
+    return f"{x:.2f}" if x >= 0.1 else f"{x:.2g}"
+
+
 def ratio(found: dict[str, Any]) -> str:
     """The median and the quartiles."""
-    low, high = found["low"], found["high"]
-    return f"**{found['median']:.2f}** ({low:.2f} to {high:.2f})"
+    low, high = (factor(found[name]) for name in ("low", "high"))
+    return f"**{factor(found['median'])}** ({low} to {high})"
 
 
 def parameters(count: int) -> str:
