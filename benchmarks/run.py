@@ -40,6 +40,8 @@ def measure(kinds: tuple[Kind, ...], short: bool, budget: float) -> results.Resu
         # The threads of the C loop and of torch must not spin while others run.
         environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}
         subprocess.run(command, check=True, env=environment)
+        if not path.exists():
+            raise SystemExit("No case was measured. Give a larger --budget.")
         found = json.loads(path.read_text())
     found["machine_info"]["load before the run"] = load
     found["machine_info"]["cases"] = "the short form" if short else "all"
