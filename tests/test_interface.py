@@ -6,6 +6,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import jaxtyping
 import numpy as np
 import optax
 import pytest
@@ -255,3 +256,24 @@ def test_compensated_says_that_it_has_no_effect():
         init(only_a, frozen)
     init(Compensated(AdEMAMix(1e-3)), frozen)  # no warning
     init(optim, {})
+
+
+#
+# The checks of jaxtyping
+#
+
+
+def program(disable: bool) -> str:
+    """The program of a step, with and without jaxtyping's checks."""
+    optim, params = AdEMAMix(1e-3), jnp.ones(8)
+    state = init(optim, params)
+    fresh = lambda grads, state: update(optim, grads, state)
+    jaxtyping.config.update("jaxtyping_disable", disable)
+    try:
+        return jax.jit(fresh).lower(params, state).as_text()
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def test_checks_leave_nothing_in_the_program():
+    assert program(disable=False) == program(disable=True)
