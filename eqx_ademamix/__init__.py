@@ -25,6 +25,9 @@ from ._interop.transformations import (
 from ._interop.transformations import simplified_ademamix as simplified_ademamix
 from ._learning_rate_scale import learning_rate_report as learning_rate_report
 from ._learning_rate_scale import path_scales as path_scales
+from ._make_step import TrainCarry as TrainCarry
+from ._make_step import TrainStep as TrainStep
+from ._make_step import make_step as make_step
 from ._moments import tree_bias_correction as tree_bias_correction
 from ._moments import tree_cast as tree_cast
 from ._moments import tree_update_moment as tree_update_moment
