@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, NoReturn, TypeAlias
+from typing import Any, NamedTuple, NoReturn
 
 import equinox as eqx
 import jax
@@ -11,13 +11,25 @@ import jax.tree_util as jtu
 import numpy as np
 import optax
 from jax import lax
-from jax.core import Tracer
-from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
+from ._carry import (
+    NAMES,
+    Layout,
+    Structure,
+    TrainCarry,
+    carry_of,
+    check_stable,
+    copies_of,
+    described,
+    is_array,
+    is_concrete,
+    is_small,
+    statics_of,
+    type_of,
+)
 from ._checks import check_alive, check_optimizer
 from ._hyperparams import checked_flag
-from ._numerics import DType
 from ._optimizer import AbstractOptimizer, OptaxOptimizer, init, update
 from ._paths import (
     Node,
@@ -30,205 +42,6 @@ from ._paths import (
     path_text,
 )
 from ._typing import no_type_check
-
-
-Optimizer = AbstractOptimizer[Any] | OptaxOptimizer
-NAMES = ("model", "state", "model_state")
-# A number that enters and leaves a compiled call without an array: JAX takes `None` for
-# a node without leaves, so `n` of them are a part of the structure of the arguments.
-Structure: TypeAlias = tuple[None, ...]
-
-
-#
-# What is known of the arrays without their values
-#
-
-
-class Type(NamedTuple):
-    """The type of an array."""
-
-    shape: tuple[int, ...]
-    dtype: DType | Any  # a PRNG key has a dtype of its own kind
-    weak_type: bool
-
-    def __str__(self) -> str:
-        weak = "weakly typed " if self.weak_type else ""
-        return f"{weak}{self.dtype.name} of shape {self.shape}"
-
-
-def type_of(x: Any) -> Type:
-    return Type(x.shape, x.dtype, getattr(x, "weak_type", False))
-
-
-def is_array(x: Node) -> bool:
-    return isinstance(x, (jax.Array, np.ndarray, np.generic))
-
-
-class Layout:
-    """Where the arrays of a carry belong: the model and state without their arrays.
-
-    A carry holds its layout as a static field. Layouts are compared by identity, which
-    costs nothing, so a step keeps one layout for all carries that are alike.
-    """
-
-    def __init__(
-        self,
-        owner: object,
-        index: int,
-        treedef: PyTreeDef,
-        statics: Sequence[Node],
-        types: Sequence[Type],
-        is_packed: Sequence[bool],
-    ):
-        self.owner = owner
-        self.as_structure: Structure = (None,) * index
-        self.treedef = treedef
-        self.statics = statics  # `None` at the places of the arrays
-        self.types = types
-        self.is_packed = is_packed
-        self.groups = _groups(types, is_packed)
-        packed = {i for group in self.groups for i in group}
-        self.rest = [i for i in range(len(types)) if i not in packed]
-
-    def is_like(self, other: "Layout") -> bool:
-        pairs = zip(self.statics, other.statics, strict=False)
-        return (
-            self.treedef == other.treedef
-            and self.types == other.types
-            and self.is_packed == other.is_packed
-            and all(_is_same(a, b) for a, b in pairs)
-        )
-
-    @property
-    def stored_types(self) -> list[Type]:
-        """The types of what a carry holds: first the buffers, then the other arrays."""
-        buffers = [
-            Type((sum(map(self._size, group)),), self.types[group[0]].dtype, False)
-            for group in self.groups
-        ]
-        return buffers + [self.types[i] for i in self.rest]
-
-    def _size(self, i: int) -> int:
-        return int(np.prod(self.types[i].shape))
-
-    def stored(self, leaves: Sequence[Array]) -> tuple[Array, ...]:
-        """What a carry holds, from the arrays in the order of the tree."""
-        buffers = [
-            jnp.concatenate([leaves[i].ravel() for i in group]) for group in self.groups
-        ]
-        return (*buffers, *(leaves[i] for i in self.rest))
-
-    def leaves(self, stored: Sequence[Array]) -> list[Array]:
-        """The arrays in the order of the tree, from what a carry holds."""
-        self._check(stored)
-        found = dict(zip(self.rest, stored[len(self.groups) :], strict=True))
-        for group, buffer in zip(self.groups, stored, strict=False):
-            start = 0
-            for i in group:
-                part = lax.slice_in_dim(buffer, start, start + self._size(i))
-                found[i] = part.reshape(self.types[i].shape)
-                start += self._size(i)
-        return [found[i] for i in range(len(self.types))]
-
-    def tree(self, leaves: Sequence[Array]) -> PyTree:
-        """The model and state with these arrays."""
-        arrays = iter(leaves)
-        values = [next(arrays) if x is _ARRAY else x for x in self.statics]
-        return self.treedef.unflatten(values)
-
-    def _check(self, stored: Sequence[Array]) -> None:
-        for i, (x, expected) in enumerate(zip(stored, self.stored_types, strict=True)):
-            if type_of(x) != expected:
-                raise ValueError(
-                    f"carry.arrays[{i}] is {type_of(x)}, but it was {expected}. Change "
-                    "the model and the state instead, and call `step.pack(model, "
-                    "state)`. A batched carry needs `eqx.filter_vmap`."
-                )
-
-
-class _Slot:
-    """Marks the place of an array among the leaves that are not arrays."""
-
-
-_ARRAY = _Slot()
-
-
-def _is_same(a: Node, b: Node) -> bool:
-    return a is b or (type(a) is type(b) and bool(a == b))
-
-
-def _groups(types: Sequence[Type], is_packed: Sequence[bool]) -> list[list[int]]:
-    """The arrays that share a buffer, by dtype."""
-    by_dtype: dict[Any, list[int]] = {}
-    for i, (kind, flag) in enumerate(zip(types, is_packed, strict=True)):
-        if flag:
-            by_dtype.setdefault(kind.dtype, []).append(i)
-    return [group for group in by_dtype.values() if len(group) > 1]
-
-
-def _is_small(x: Array, pack_below: int) -> bool:
-    """Whether an array may share a buffer with others of its dtype. Not if that would
-    lose something: a weak type, a PRNG key, or a sharding."""
-    is_key = jnp.issubdtype(x.dtype, jax.dtypes.extended)
-    if is_key or type_of(x).weak_type or x.size >= pack_below:
-        return False
-    return isinstance(x, Tracer) or x.sharding.is_fully_replicated
-
-
-class TrainCarry(eqx.Module):
-    """What a step from [`eqx_ademamix.make_step`][] carries from call to call: the
-    model, the optimizer state, and the `model_state`, as arrays without structure.
-    `step.unpack(carry)` gives it back.
-
-    **Attributes:**
-
-    - `arrays`: the arrays. With `pack_below`, first one buffer for each dtype.
-    - `layout`: where they belong.
-    """
-
-    arrays: tuple[Array, ...]
-    layout: Layout = eqx.field(static=True)
-
-
-def _carry(arrays: tuple[Array, ...], layout: Layout) -> TrainCarry:
-    """A carry, made as Equinox does when it unflattens a module: 15 us faster than by
-    its constructor."""
-    carry = object.__new__(TrainCarry)
-    object.__setattr__(carry, "arrays", arrays)
-    object.__setattr__(carry, "layout", layout)
-    return carry
-
-
-#
-# Copies
-#
-
-
-def _copies(arrays: Sequence[Any]) -> list[Array]:
-    """Copies, so that nothing of the user's is donated, and no array twice.
-
-    Beside arrays on a mesh of devices, the others (the counters) are put on all of its
-    devices. Otherwise the first call would put them there, and the second one would
-    find arrays of another kind and compile again.
-    """
-    shardings = [getattr(x, "sharding", None) for x in arrays if _is_concrete(x)]
-    meshes = [s.mesh for s in shardings if isinstance(s, NamedSharding)]
-    everywhere = NamedSharding(meshes[0], PartitionSpec()) if meshes else None
-    return [_copy(_placed(x, everywhere)) for x in arrays]
-
-
-def _is_concrete(x: object) -> bool:
-    return isinstance(x, jax.Array) and not isinstance(x, Tracer)
-
-
-def _placed(x: Any, everywhere: NamedSharding | None) -> Any:
-    if everywhere is None or isinstance(x, Tracer):
-        return x
-    is_on_mesh = _is_concrete(x) and isinstance(x.sharding, NamedSharding)
-    return x if is_on_mesh else jax.device_put(x, everywhere)
-
-
-_copy = jax.jit(jnp.copy)
 
 
 #
@@ -369,15 +182,15 @@ class TrainStep:
         """
         if type(carry) is not TrainCarry or carry.layout.owner is not self._owner:
             self._check_carry(carry)
-        layout = carry.layout
         try:
             arrays, out, after = self._compiled(
-                carry.arrays, self._constants, batch, layout.as_structure
+                carry.arrays, self._constants, batch, carry.layout.as_structure
             )
-        except Exception:
-            self._explain(carry, batch)
-            raise
-        return _carry(arrays, self._layouts[len(after)]), out
+            return carry_of(arrays, self._layouts[len(after)]), out
+        except Exception as e:
+            error = e
+        self._explain(error, carry, batch)
+        raise error
 
     #
     # Between a carry and its trees
@@ -393,24 +206,21 @@ class TrainStep:
             check_alive(name, tree)
         rest = () if model_state is None else (model_state,)
         leaves, treedef = jtu.tree_flatten((model, state, *rest))
-        copies = _copies([x for x in leaves if is_array(x)])
-        is_packed = [_is_small(x, self._pack_below) for x in copies]
-        layout = self._layout(leaves, treedef, copies, is_packed)
-        return _carry(layout.stored(copies), layout)
+        copies = copies_of([x for x in leaves if is_array(x)])
+        is_packed = [is_small(x, self._pack_below) for x in copies]
+        layout = self._layout(treedef, statics_of(leaves), copies, is_packed)
+        return carry_of(layout.stored(copies), layout)
 
     def _layout(
         self,
-        leaves: Sequence[Node],
         treedef: PyTreeDef,
+        statics: Sequence[Node],
         arrays: Sequence[Array],
         is_packed: Sequence[bool],
     ) -> Layout:
         """The layout of a tree: the one that the step knows already, or a new one."""
-        statics = [_ARRAY if is_array(x) else x for x in leaves]
-        types = [type_of(x) for x in arrays]
-        new = Layout(
-            self._owner, len(self._layouts), treedef, statics, types, is_packed
-        )
+        types, index = [type_of(x) for x in arrays], len(self._layouts)
+        new = Layout(self._owner, index, treedef, statics, types, is_packed)
         for layout in self._layouts:
             if layout.is_like(new):
                 return layout
@@ -437,21 +247,23 @@ class TrainStep:
     ) -> tuple[tuple[Array, ...], PyTree, Structure]:
         layout, functions = self._layouts[len(index)], self._functions(constants)
         if self._steps_per_call == 1:
-            leaves, out, layout = self._one(
-                functions, layout, layout.leaves(stored), batch
-            )
-            return layout.stored(leaves), out, layout.as_structure
+            leaves = layout.leaves(stored)
+            leaves, out, after = self._one(functions, layout, leaves, batch)
+            check_stable(layout, after, types_too=False)
+            return after.stored(leaves), out, after.as_structure
         _check_stacked(batch, self._steps_per_call)
 
         def body(leaves: list[Array], batch: PyTree) -> tuple[list[Array], PyTree]:
             leaves, out, after = self._one(functions, layout, leaves, batch)
-            _check_same_types(layout, after)
+            check_stable(layout, after, types_too=True)
             return leaves, out
 
         leaves, outs = lax.scan(
             body, layout.leaves(stored), batch, length=self._steps_per_call
         )
-        return layout.stored(leaves), outs, layout.as_structure
+        # The loop may have made weak types strong.
+        after = self._layout(layout.treedef, layout.statics, leaves, layout.is_packed)
+        return after.stored(leaves), outs, after.as_structure
 
     def _one(
         self,
@@ -460,15 +272,16 @@ class TrainStep:
         leaves: Sequence[Array],
         batch: tuple[PyTree, ...],
     ) -> tuple[list[Array], PyTree, Layout]:
-        """One step: the arrays after it, what it returns, and where the arrays belong."""
+        """One step: the arrays after it, what it returns, and their layout."""
         model, state, *rest = layout.tree(leaves)
         tree, out = self._step(functions, model, state, rest, batch)
         leaves, treedef = jtu.tree_flatten(tree)
         arrays = [x for x in leaves if is_array(x)]
         is_packed = layout.is_packed
         if len(arrays) != len(is_packed):
-            is_packed = [_is_small(x, self._pack_below) for x in arrays]
-        return arrays, out, self._layout(leaves, treedef, arrays, is_packed)
+            is_packed = [is_small(x, self._pack_below) for x in arrays]
+        after = self._layout(treedef, statics_of(leaves), arrays, is_packed)
+        return arrays, out, after
 
     def _step(
         self,
@@ -496,14 +309,13 @@ class TrainStep:
             "grad": grads,
             "value_fn": jtu.Partial(lambda p: evaluate(eqx.combine(p, model))[0]),
         }
-        if transform is not None:
-            transform_state, state = state
-            grads, transform_state = _updated(
-                transform, grads, transform_state, model, extra_args
-            )
-        updates, state = _updated(optim, grads, state, model, extra_args)
-        if transform is not None:
-            state = transform_state, state
+        rest_of_args = model, extra_args
+        if transform is None:
+            updates, state = _updated(optim, grads, state, *rest_of_args)
+        else:
+            grads, first = _updated(transform, grads, state[0], *rest_of_args)
+            updates, second = _updated(optim, grads, state[1], *rest_of_args)
+            state = first, second
         out = (loss, aux) if self._has_aux else loss
         return (eqx.apply_updates(model, updates), state, *rest), out
 
@@ -524,12 +336,18 @@ class TrainStep:
                 "made it, and call `step.pack(model, state)`."
             )
 
-    def _explain(self, carry: TrainCarry, batch: tuple[PyTree, ...]) -> None:
-        """Raises a clear error after a call has failed, if it finds the reason."""
-        _check_not_donated(carry)
-        check_alive("optim", self._arrays)
-        check_alive("batch", batch)
-        _check_batch(batch)
+    def _explain(
+        self, error: Exception, carry: TrainCarry, batch: tuple[PyTree, ...]
+    ) -> None:
+        """Raises a clearer error after a call has failed, if the reason is one of those
+        that would cost time if every call looked for them."""
+        if "deleted" in str(error):
+            _check_not_donated(carry)
+            for name, tree in self._arrays._asdict().items():
+                check_alive(name, tree)
+            check_alive("batch", batch)
+        if isinstance(error, TypeError):
+            _check_batch(batch)
 
 
 def _updated(
@@ -620,17 +438,8 @@ def _check_stacked(batch: tuple[PyTree, ...], steps: int) -> None:
             )
 
 
-def _check_same_types(before: Layout, after: Layout) -> None:
-    """A scan keeps all types. The first place that does not is named."""
-    if after is before:
-        return
-    paths = [jtu.tree_leaves_with_path(x.tree(x.types)) for x in (before, after)]
-    del paths
-    raise ValueError("TODO")
-
-
 def _check_not_donated(carry: TrainCarry) -> None:
-    if any(_is_concrete(x) and x.is_deleted() for x in carry.arrays):
+    if any(is_concrete(x) and x.is_deleted() for x in carry.arrays):
         raise ValueError(
             "`carry` was used by an earlier call, to which its arrays were donated. "
             "Pass on the carry that this call returned, or use `donate=False`."
@@ -644,15 +453,13 @@ def _check_state(state: PyTree, expected: PyTree, is_pair: bool) -> None:
     hint = " With `grad_transform`, `state` is the pair of both states."
     for path, found, wanted, is_static in departures:
         if not is_static and jtu.tree_leaves((found, wanted)):
-            _raise_other_state(path, *contrast(found, wanted), hint if is_pair else "")
+            texts = contrast(found, wanted)
+            if isinstance(wanted, jax.ShapeDtypeStruct):
+                texts = describe(found), described(wanted)
+            _raise_other_state(path, *texts, hint if is_pair else "")
     for path, x, wanted in zip(like.paths, values, like.values, strict=True):
         if getattr(x, "shape", None) != getattr(wanted, "shape", None):
-            _raise_other_state(path, describe(x), _described(wanted), "")
-
-
-def _described(x: Node) -> str:
-    is_struct = isinstance(x, jax.ShapeDtypeStruct)
-    return f"one of shape {x.shape}" if is_struct else describe(x)
+            _raise_other_state(path, describe(x), described(wanted), "")
 
 
 def _raise_other_state(path: Path, found: str, expected: str, hint: str) -> NoReturn:
@@ -678,7 +485,89 @@ def make_step(
     pack_below: int = 0,
     donate: bool = True,
 ) -> TrainStep:
-    """TODO"""
+    r"""Compiles a training step that spends little time in Python.
+
+    It is the step that you would write by hand:
+
+    ```python
+    import equinox as eqx
+    import eqx_ademamix
+
+
+    @eqx.filter_jit(donate="all")
+    def step(optim, model, state, *batch):
+        loss, grads = eqx.filter_value_and_grad(loss_fn)(model, *batch)
+        updates, state = eqx_ademamix.update(optim, grads, state, model)
+        return eqx.apply_updates(model, updates), state, loss
+    ```
+
+    and it gives the same numbers, bit for bit. But `eqx.filter_jit` takes the model and
+    the state apart at each call, and puts them together again, which for a small model
+    takes longer than the step itself. Here the model and the state are a flat tuple of
+    arrays from the first call to the last: a carry.
+
+    **Arguments:**
+
+    - `loss_fn`: `loss_fn(model, *batch)`, which returns the loss, a real scalar. The
+        gradients are those with respect to all inexact arrays of the model. If the
+        carry was made with a `model_state`, it is `loss_fn(model, model_state, *batch)`
+        and returns `(loss, model_state)`.
+    - `optim`: an optimizer of this package or of optax, as in [`eqx_ademamix.init`][].
+        It also gets optax's extra arguments `value` (the loss), `grad`, and `value_fn`,
+        for `optax.contrib.reduce_on_plateau` or a line search.
+    - `has_aux`: whether `loss_fn` returns a second value, of arrays and numbers:
+        `(loss, aux)`, or `(loss, (model_state, aux))`.
+    - `grad_transform`: an optax transformation of the gradients before `optim`, such as
+        `optax.clip_by_global_norm(1.0)`, or `None`. The state is then a pair of its
+        state and that of `optim`, as for `optax.chain(grad_transform, optim)`.
+    - `steps_per_call`: the number of steps that a call takes, with a loop inside of the
+        compiled program. Each array of the batch then has a first axis of this size.
+    - `pack_below`: the number of entries below which arrays of one dtype share one
+        buffer between calls. With many small arrays, calls are faster, and compiling
+        takes longer. Results may differ by rounding.
+    - `donate`: whether a call overwrites the arrays of the carry that it gets. If so, a
+        carry can be used once, and only one copy of the model and the state exists.
+
+    Arrays in the optimizer, such as a `learning_rate`, are read when you call
+    `make_step`. They are inputs of the compiled program, not constants of it.
+
+    **Returns:**
+
+    The step, an [`eqx_ademamix.TrainStep`][]: `step.init(model)` or `step.pack(model,
+    state)` makes a carry, `carry, loss = step(carry, *batch)` takes a step, and
+    `model, state = step.unpack(carry)` ends or interrupts the training.
+
+    **Raises:**
+
+    - `ValueError` or `TypeError`: if an argument is not what is described above.
+
+    !!! Example
+
+        ```python
+        import equinox as eqx
+        import jax
+        import jax.numpy as jnp
+        import optax
+        import eqx_ademamix
+
+
+        def loss_fn(model, x, y):
+            return jnp.mean((jax.vmap(model)(x) - y) ** 2)
+
+
+        model = eqx.nn.MLP(2, 1, width_size=8, depth=1, key=jax.random.key(0))
+        optim = eqx_ademamix.AdEMAMix(1e-3)
+        clip = optax.clip_by_global_norm(1.0)
+        step = eqx_ademamix.make_step(loss_fn, optim, grad_transform=clip)
+
+        x = jax.random.normal(jax.random.key(1), (16, 2))
+        y = jnp.sum(x, axis=1, keepdims=True)
+        carry = step.init(model)
+        for _ in range(3):
+            carry, loss = step(carry, x, y)
+        model, state = step.unpack(carry)
+        ```
+    """
     if not callable(loss_fn):
         raise TypeError(
             f"`loss_fn` is {describe(loss_fn)}, but a function was expected. The order "
@@ -705,7 +594,7 @@ def _check_transform(transform: object) -> None:
         )
 
 
-def _checked_int(name: str, value: object, least: int) -> int:
+def _checked_int(name: str, value: Any, least: int) -> int:
     is_int = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
     if not is_int or value < least:
         raise ValueError(
