@@ -1,0 +1,503 @@
+"""`make_step` takes the steps of a loop written by hand, and keeps what it is given."""
+
+import gc
+import inspect
+import io
+import weakref
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from eqx_ademamix import (
+    AdEMAMix,
+    Compensated,
+    SimplifiedAdEMAMix,
+    StateFormat,
+    TrainCarry,
+    decay_mask,
+    hyperparams,
+    init,
+    make_step,
+    tree_cast,
+    update,
+)
+
+from .helpers import (
+    COMPACT,
+    SCHEDULES,
+    assert_trees_close,
+    count_traces,
+    everywhere,
+    tree_type,
+    x64,
+)
+
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+X = jax.random.normal(jax.random.key(1), (4, 8, 3))
+Y = jnp.sum(X, axis=-1, keepdims=True)
+CLIP = optax.clip_by_global_norm(0.1)
+
+
+class Model(eqx.Module):
+    """A small model with leaves of several kinds."""
+
+    first: eqx.nn.Linear
+    last: eqx.nn.Linear
+    steps: jax.Array
+    key: jax.Array
+    function: Any
+    scale: float
+
+    def __init__(self, seed: int = 0):
+        keys = jax.random.split(jax.random.key(seed))
+        self.first = eqx.nn.Linear(3, 4, key=keys[0])
+        self.last = eqx.nn.Linear(4, 1, key=keys[1])
+        self.steps = jnp.zeros((), jnp.int32)
+        self.key = jax.random.key(7)
+        self.function = jnp.tanh
+        self.scale = 0.5
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.last(self.function(self.first(x))) * self.scale
+
+
+MODEL = Model()
+HEAD = eqx.tree_at(lambda m: m.last, jax.tree.map(lambda _: False, MODEL), True)
+
+
+def mean_loss(model: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.mean((jax.vmap(model)(x) - y).astype(jnp.float32) ** 2)
+
+
+def with_aux(model: Any, x: jax.Array, y: jax.Array) -> Any:
+    return mean_loss(model, x, y), {"mean": jnp.mean(x), "steps": 1}
+
+
+def half(model: Any) -> Any:
+    arrays, rest = eqx.partition(model, eqx.is_inexact_array)
+    return eqx.combine(tree_cast(arrays, jnp.bfloat16), rest)
+
+
+def by_hand(optim: Any, model: Any, state: Any, batch: Any = (X, Y)) -> Any:
+    """The loop that `make_step` replaces."""
+
+    @eqx.filter_jit
+    def one(optim: Any, model: Any, state: Any, x: Any, y: Any) -> Any:
+        loss, grads = eqx.filter_value_and_grad(mean_loss)(model, x, y)
+        updates, state = update(optim, grads, state, model, value=loss)
+        return eqx.apply_updates(model, updates), state, loss
+
+    losses = []
+    for x, y in zip(*batch, strict=True):
+        model, state, loss = one(optim, model, state, x, y)
+        losses.append(loss)
+    return model, state, jnp.stack(losses)
+
+
+def data(tree: Any) -> Any:
+    """A tree with the data of PRNG keys, which NumPy can read."""
+    is_key = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    read = lambda x: jax.random.key_data(x) if eqx.is_array(x) and is_key(x) else x
+    return jax.tree.map(read, tree)
+
+
+def assert_same(x: Any, y: Any, tolerance: float = 0.0) -> None:
+    assert_trees_close(data(x), data(y), tolerance)
+
+
+#
+# The same numbers
+#
+
+
+def inject(optim: Any) -> Any:
+    static = ("b3", "alpha", "weight_decay_mask", "trainable", "state_format")
+    return optax.inject_hyperparams(optim, static_args=static)(1e-2)
+
+
+OPTIMIZERS: Any = {
+    "AdEMAMix": AdEMAMix(
+        1e-2, weight_decay=0.1, weight_decay_mask=decay_mask(MODEL), **SCHEDULES
+    ),
+    "arrays, frozen": AdEMAMix(jnp.asarray(1e-2), b1=jnp.asarray(0.8), trainable=HEAD),
+    "half": AdEMAMix(1e-2, state_format=everywhere(StateFormat.half())),
+    "compact": AdEMAMix(1e-2, state_format=COMPACT),
+    "Simplified": SimplifiedAdEMAMix(1e-3, b1=0.0),
+    "Compensated": Compensated(AdEMAMix(1e-4, state_format=COMPACT)),
+    "chain": optax.chain(optax.clip_by_global_norm(1.0), AdEMAMix(1e-2)),
+    "MultiSteps": optax.MultiSteps(AdEMAMix(1e-2), every_k_schedule=2),
+    "inject_hyperparams": inject(AdEMAMix),
+    "adamw": optax.adamw(optax.linear_schedule(1e-2, 0.0, 10)),
+    "plateau": optax.chain(
+        optax.sgd(1e-2), optax.contrib.reduce_on_plateau(patience=1, atol=1e9)
+    ),
+    "schedule_free": optax.contrib.schedule_free_sgd(1e-2),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_same_bits_as_by_hand(name: str):
+    """After one trace. The model is not donated, though some states refer to it."""
+    optim = OPTIMIZERS[name]
+    model = half(MODEL) if name == "Compensated" else MODEL
+    batch = tree_cast((X, Y), model.first.weight.dtype)
+    counted, traces = count_traces(mean_loss)
+    step = make_step(counted, optim)
+    carry, losses = step.init(model), []
+    for x, y in zip(*batch, strict=True):
+        carry, loss = step(carry, x, y)
+        losses.append(loss)
+    assert len(traces) == 1 and len(step._layouts) == 1
+    found = *step.unpack(carry), jnp.stack(losses)
+    assert_same(found, by_hand(optim, model, init(optim, model), batch))
+    assert tree_type(found[1]) == tree_type(init(optim, model))
+
+
+def test_a_restart_changes_nothing():
+    """`pack` takes what `unpack` gave, also with the state of `grad_transform`."""
+    trace = optax.trace(0.9)
+    optim = OPTIMIZERS["compact"]
+    step = make_step(mean_loss, optim, grad_transform=trace)
+    carry, restarted = step.init(MODEL), step.init(MODEL)
+    for x, y in zip(X, Y, strict=True):
+        carry, _ = step(carry, x, y)
+        restarted, _ = step(step.pack(*step.unpack(restarted)), x, y)
+    assert_same(step.unpack(carry), step.unpack(restarted))
+    _, (trace_state, state) = step.unpack(carry)
+    assert isinstance(trace_state, optax.TraceState) and state.count == 4
+    assert hyperparams(optim, (trace_state, state)).learning_rate == np.float32(1e-2)
+
+
+def test_a_transformation_of_gradients_is_the_start_of_a_chain():
+    optim = OPTIMIZERS["AdEMAMix"]
+    chain = optax.chain(CLIP, optim)
+    step = make_step(mean_loss, optim, grad_transform=CLIP)
+    carry = step.pack(MODEL, init(chain, MODEL))
+    for x, y in zip(X, Y, strict=True):
+        carry, _ = step(carry, x, y)
+    model, state, _ = by_hand(chain, MODEL, init(chain, MODEL))
+    assert_same(step.unpack(carry), (model, state))
+
+
+def test_a_line_search_gets_the_value_and_the_function():
+    search = optax.scale_by_backtracking_linesearch(max_backtracking_steps=5)
+    optim: Any = optax.chain(optax.sgd(1.0), search)
+    step = make_step(mean_loss, optim)
+    carry, losses = step.init(MODEL), []
+    for _ in range(3):
+        carry, loss = step(carry, X[0], Y[0])
+        losses.append(loss)
+    assert losses[2] < losses[1] < losses[0]
+
+
+class Plain:
+    """An optimizer without extra arguments."""
+
+    def init(self, params: Any) -> Any:
+        return jnp.zeros(())
+
+    def update(self, grads: Any, state: Any, params: Any = None) -> Any:
+        return jax.tree.map(lambda g: -g, grads), state + 1
+
+
+def test_an_optimizer_without_extra_arguments():
+    step = make_step(mean_loss, Plain())
+    carry, _ = step(step.init(MODEL), X[0], Y[0])
+    assert step.unpack(carry)[1] == 1
+
+
+#
+# Several steps, packed arrays
+#
+
+
+def test_several_steps_in_one_call():
+    optim = OPTIMIZERS["AdEMAMix"]
+    single = make_step(with_aux, optim, has_aux=True)
+    several = make_step(with_aux, optim, has_aux=True, steps_per_call=4)
+    carry, outs = single.init(MODEL), []
+    for x, y in zip(X, Y, strict=True):
+        carry, out = single(carry, x, y)
+        outs.append(out)
+    carry4, (losses, aux) = several(several.init(MODEL), X, Y)
+    assert_same(several.unpack(carry4), single.unpack(carry), 1e-6)
+    np.testing.assert_allclose(losses, jnp.stack([loss for loss, _ in outs]), 1e-6)
+    assert losses.shape == aux["mean"].shape == (4,)
+    assert aux["steps"].tolist() == [1, 1, 1, 1]
+
+
+def test_weak_types_in_a_loop():
+    """optax starts some states with weakly typed numbers. A loop makes them strong, and
+    does not compile again for it."""
+    counted, traces = count_traces(lambda model: jnp.sum(model**2))
+
+    class Weak(Plain):
+        def init(self, params: Any) -> Any:
+            return jnp.asarray(1.0)  # weakly typed
+
+        def update(self, grads: Any, state: Any, params: Any = None) -> Any:
+            return jax.tree.map(lambda g: -g, grads), state * jnp.ones((), jnp.float32)
+
+    step = make_step(counted, Weak(), steps_per_call=2)
+    carry, losses = step(step.init(jnp.ones(2)))
+    before = len(traces)
+    carry, _ = step(step(carry)[0])
+    assert losses.shape == (2,) and not step.unpack(carry)[1].weak_type
+    assert len(traces) - before <= 2
+
+
+@pytest.mark.parametrize("steps", (1, 4))
+def test_packed_arrays(steps: int):
+    """Small arrays of one dtype share a buffer. PRNG keys and large arrays do not."""
+    optim = OPTIMIZERS["AdEMAMix"]
+    step = make_step(mean_loss, optim, pack_below=8, steps_per_call=steps)
+    carry, plain = step.init(MODEL), make_step(mean_loss, optim)
+    # float32: three small arrays in four trees. int32: the counters and `steps`.
+    kinds = [(x.shape, str(x.dtype)) for x in carry.arrays]
+    large = [((4, 3), "float32")]
+    assert kinds[:2] == [(((4 + 4 + 1) * 4,), "float32"), ((3,), "int32")]
+    assert kinds[2:] == [*large, ((), "key<fry>"), *large * 3]
+    reference = plain.init(MODEL)
+    for x, y in zip(X, Y, strict=True):
+        reference, _ = plain(reference, x, y)
+        carry, _ = step(carry, x, y) if steps == 1 else (carry, None)
+    carry = step(carry, X, Y)[0] if steps == 4 else carry
+    assert_same(step.unpack(carry), plain.unpack(reference), 1e-6)
+    again = step.pack(*step.unpack(carry))
+    assert again.layout is carry.layout
+    assert_same(step.unpack(again), step.unpack(carry))
+
+
+#
+# A state of the model
+#
+
+
+class Normed(eqx.Module):
+    linear: eqx.nn.Linear
+    norm: eqx.nn.BatchNorm
+
+    def __init__(self):
+        self.linear = eqx.nn.Linear(3, 2, key=jax.random.key(0))
+        # Equinox 0.12 added `mode`, and warns if it is missing.
+        has_mode = "mode" in inspect.signature(eqx.nn.BatchNorm.__init__).parameters
+        mode: Any = {"mode": "ema"} if has_mode else {}
+        self.norm = eqx.nn.BatchNorm(2, axis_name="batch", **mode)
+
+    def __call__(self, x: jax.Array, state: eqx.nn.State) -> Any:
+        return self.norm(self.linear(x), state)
+
+
+def normed_loss(model: Normed, model_state: eqx.nn.State, x: jax.Array) -> Any:
+    run = jax.vmap(model, axis_name="batch", in_axes=(0, None), out_axes=(0, None))
+    out, model_state = run(x, model_state)
+    return jnp.mean((out - 1.0) ** 2), model_state
+
+
+@pytest.mark.parametrize("steps", (1, 4))
+def test_a_model_with_a_state(steps: int):
+    model, model_state = eqx.nn.make_with_state(Normed)()
+    optim = AdEMAMix(1e-2)
+
+    def with_aux(model: Any, model_state: Any, x: Any) -> Any:
+        loss, model_state = normed_loss(model, model_state, x)
+        return loss, (model_state, jnp.max(x))
+
+    step = make_step(with_aux, optim, has_aux=True, steps_per_call=steps)
+    carry = step.init(model, model_state=model_state)
+    for x in X if steps == 1 else (X,):
+        carry, (_, aux) = step(carry, x)
+    assert np.max(aux) == jnp.max(X[3]) or steps == 4
+    found = step.unpack(carry)
+
+    @eqx.filter_jit
+    def one(model: Any, state: Any, model_state: Any, x: Any) -> Any:
+        compute = eqx.filter_value_and_grad(normed_loss, has_aux=True)
+        (_, model_state), grads = compute(model, model_state, x)
+        updates, state = update(optim, grads, state, model)
+        return eqx.apply_updates(model, updates), state, model_state
+
+    expected = model, init(optim, model), model_state
+    for x in X:
+        expected = one(*expected, x)
+    assert_same(found, expected, 0.0 if steps == 1 else 1e-6)
+    again = step.pack(*found[:2], model_state=found[2])
+    assert_same(step.unpack(again), found)
+
+
+def test_a_line_search_with_a_state():
+    """`value_fn` gets a state of its own: Equinox forbids to use one twice."""
+    model, model_state = eqx.nn.make_with_state(Normed)()
+    optim: Any = optax.chain(
+        optax.sgd(0.1), optax.scale_by_backtracking_linesearch(max_backtracking_steps=2)
+    )
+    step = make_step(normed_loss, optim)
+    carry = step.init(model, model_state=model_state)
+    carry, first = step(carry, X[0])
+    assert step(carry, X[0])[1] < first
+
+
+#
+# Whose arrays
+#
+
+
+def test_nothing_of_the_user_is_donated():
+    shared = jnp.ones(3)
+    model = {"a": shared, "b": shared, "numpy": np.ones(3, np.float32), "int": shared}
+    optim = optax.contrib.schedule_free_sgd(1e-2)
+    loss_fn = lambda model: sum(jnp.sum(x**2) for x in jax.tree.leaves(model))
+    step, state = make_step(loss_fn, optim), init(optim, model)
+    for carry in (step.init(model), step.pack(model, state)):
+        unpacked = step.unpack(carry)
+        step(carry)
+        assert all(x.is_deleted() for x in carry.arrays)
+        for x in jax.tree.leaves((model, state, unpacked)):
+            assert isinstance(x, np.ndarray) or not x.is_deleted()
+    assert (shared == 1).all() and (model["numpy"] == 1).all()
+
+
+def test_without_donation_a_carry_lives_on():
+    step = make_step(mean_loss, AdEMAMix(1e-2), donate=False)
+    carry = step.init(MODEL)
+    first, second = step(carry, X[0], Y[0]), step(carry, X[0], Y[0])
+    assert not any(x.is_deleted() for x in carry.arrays)
+    assert_same(step.unpack(first[0]), step.unpack(second[0]))
+
+
+def test_a_carry_is_a_module():
+    step = make_step(mean_loss, AdEMAMix(1e-2))
+    carry = step.init(MODEL)
+    assert isinstance(carry, eqx.Module) and isinstance(carry, TrainCarry)
+    assert jtu.tree_leaves(carry) == list(carry.arrays)
+    after, _ = step(step.init(MODEL), X[0], Y[0])
+    assert jtu.tree_structure(after) == jtu.tree_structure(carry)
+    without_keys = lambda c: [x for x in c.arrays if str(x.dtype) != "key<fry>"]
+    file = io.BytesIO()
+    eqx.tree_serialise_leaves(file, without_keys(after))
+    file.seek(0)
+    loaded = eqx.tree_deserialise_leaves(file, without_keys(carry))
+    assert_same(loaded, without_keys(after))
+
+
+def test_nothing_is_kept_alive():
+    loss_fn = lambda model, x, y: mean_loss(model, x, y)
+    step = make_step(loss_fn, AdEMAMix(1e-2), pack_below=8)
+    carry, _ = step(step.init(MODEL), X[0], Y[0])
+    step.unpack(carry)
+    dead = [weakref.ref(x) for x in (step, loss_fn, carry.layout)]
+    del step, loss_fn, carry
+    gc.collect()
+    assert [x() for x in dead] == [None] * 3
+
+
+#
+# Inside of transformations, on several devices
+#
+
+
+def test_a_sweep_of_learning_rates():
+    """The arrays of an optimizer are arguments, also if they are traced."""
+
+    def train(rate: jax.Array) -> Any:
+        step = make_step(mean_loss, AdEMAMix(rate), steps_per_call=2)
+        carry = step.init(MODEL)
+        batches = X.reshape(2, 2, 8, 3), Y.reshape(2, 2, 8, 1)
+        carry, _ = jax.lax.scan(lambda carry, b: step(carry, *b), carry, batches)
+        return eqx.filter(step.unpack(carry), eqx.is_inexact_array)
+
+    rates = jnp.asarray([1e-3, 1e-2])
+    swept = jax.jit(jax.vmap(train))(rates)
+    for i, rate in enumerate(rates):
+        optim = AdEMAMix(rate)
+        model, state, _ = by_hand(optim, MODEL, init(optim, MODEL))
+        expected = eqx.filter((model, state), eqx.is_inexact_array)
+        assert_same(jax.tree.map(lambda x, i=i: x[i], swept), expected, 1e-5)
+
+
+def test_a_batch_of_carries():
+    models = eqx.filter_vmap(Model)(jnp.arange(2))
+    step = make_step(mean_loss, AdEMAMix(1e-2))
+    carries = eqx.filter_vmap(step.init)(models)
+    carries, losses = eqx.filter_vmap(lambda c: step(c, X[0], Y[0]))(carries)
+    trained, _ = eqx.filter_vmap(step.unpack)(carries)
+    alone, loss = step(step.init(Model(1)), X[0], Y[0])
+    np.testing.assert_allclose(losses[1], loss, 1e-6)
+    weight = step.unpack(alone)[0].first.weight
+    np.testing.assert_allclose(trained.first.weight[1], weight, 1e-6)
+
+
+@pytest.mark.parametrize("pack_below", (0, 8))
+def test_sharded_models(pack_below: int):
+    """Arrays keep their shardings, and the second call neither traces nor compiles."""
+    mesh = Mesh(np.array(jax.devices()), ("x",))
+    rows, everywhere = (
+        NamedSharding(mesh, PartitionSpec(*spec)) for spec in (("x",), ())
+    )
+    model = {
+        "w": jax.device_put(jnp.ones((16, 3)), rows),
+        "v": jax.device_put(jnp.ones(8), rows),
+        "b": jax.device_put(jnp.zeros(3), everywhere),
+    }
+    loss_fn = lambda m, x: jnp.mean((x @ m["w"].T) ** 2) + jnp.mean(m["v"] ** 2)
+    counted, traces = count_traces(loss_fn)
+    step = make_step(counted, AdEMAMix(1e-2), pack_below=pack_below)
+    carry = step.init(model)
+    for _ in range(3):
+        carry, _ = step(carry, jnp.ones((4, 3)))
+    assert len(traces) == 1 and step._compiled._cache_size() == 1
+    for tree in (step.unpack(carry)[0], step.unpack(carry)[1].m2):
+        assert tree["w"].sharding.is_equivalent_to(rows, 2)
+        assert tree["v"].sharding.is_equivalent_to(rows, 1)
+        assert tree["b"].sharding.is_fully_replicated
+    assert not model["w"].is_deleted()
+    plain = make_step(loss_fn, AdEMAMix(1e-2))
+    alone = plain.init(jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), model))
+    for _ in range(3):
+        alone, _ = plain(alone, jnp.ones((4, 3)))
+    assert_same(step.unpack(carry), plain.unpack(alone), 1e-6)
+
+
+def test_the_batch():
+    """Trees of arrays and numbers, none of which is static; and wide types."""
+    counted, traces = count_traces(
+        lambda model, batch, scale: scale * jnp.sum(model * batch["x"])
+    )
+    with x64():
+        step = make_step(counted, AdEMAMix(1e-2))
+        carry = step.init(jnp.ones(3, jnp.float64))
+        for scale in (1.0, 2.0):
+            carry, loss = step(carry, {"x": np.ones(3), "none": None}, scale)
+        assert loss.dtype == jnp.float64 and len(traces) == 1
+        assert step.unpack(carry)[0].dtype == jnp.float64
+
+
+#
+# Errors at run time
+#
+
+
+def test_a_failed_call_is_not_taken_for_a_donated_carry():
+    """The loss raises after the carry was donated. Its own error is shown."""
+    loss_fn = lambda model: jnp.sum(eqx.error_if(model, model > 0, "too large"))
+    step = make_step(loss_fn, AdEMAMix(1e-2))
+    with pytest.raises(Exception, match="too large"):
+        jax.block_until_ready(step(step.init(jnp.ones(2))))
+
+
+def test_an_error_of_the_loss_is_shown():
+    def broken(model: Any, x: Any) -> Any:
+        raise TypeError("my own")
+
+    step = make_step(broken, AdEMAMix(1e-2))
+    with pytest.raises(TypeError, match="^my own$"):
+        step(step.init(MODEL), X)
