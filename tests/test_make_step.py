@@ -1,7 +1,6 @@
 """`make_step` takes the steps of a loop written by hand, and keeps what it is given."""
 
 import gc
-import inspect
 import io
 import weakref
 from typing import Any
@@ -19,7 +18,6 @@ from eqx_ademamix import (
     AdEMAMix,
     Compensated,
     SimplifiedAdEMAMix,
-    StateFormat,
     TrainCarry,
     decay_mask,
     hyperparams,
@@ -34,7 +32,6 @@ from .helpers import (
     SCHEDULES,
     assert_trees_close,
     count_traces,
-    everywhere,
     tree_type,
     x64,
 )
@@ -43,43 +40,41 @@ from .helpers import (
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 X = jax.random.normal(jax.random.key(1), (4, 8, 3))
-Y = jnp.sum(X, axis=-1, keepdims=True)
-CLIP = optax.clip_by_global_norm(0.1)
 
 
 class Model(eqx.Module):
     """A small model with leaves of several kinds."""
 
-    first: eqx.nn.Linear
-    last: eqx.nn.Linear
+    weight: jax.Array
+    head: jax.Array
     steps: jax.Array
     key: jax.Array
     function: Any
     scale: float
 
-    def __init__(self, seed: int = 0):
-        keys = jax.random.split(jax.random.key(seed))
-        self.first = eqx.nn.Linear(3, 4, key=keys[0])
-        self.last = eqx.nn.Linear(4, 1, key=keys[1])
+    def __init__(self, seed: Any = 0):
+        self.weight = jax.random.normal(jax.random.key(seed), (4, 3))
+        self.head = jnp.ones(4)
         self.steps = jnp.zeros((), jnp.int32)
         self.key = jax.random.key(7)
         self.function = jnp.tanh
         self.scale = 0.5
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.last(self.function(self.first(x))) * self.scale
+        return self.head @ self.function(self.weight @ x) * self.scale
 
 
 MODEL = Model()
-HEAD = eqx.tree_at(lambda m: m.last, jax.tree.map(lambda _: False, MODEL), True)
+HEAD = eqx.tree_at(lambda m: m.head, jax.tree.map(lambda _: False, MODEL), True)
 
 
-def mean_loss(model: Any, x: jax.Array, y: jax.Array) -> jax.Array:
-    return jnp.mean((jax.vmap(model)(x) - y).astype(jnp.float32) ** 2)
+def mean_loss(model: Any, x: jax.Array) -> jax.Array:
+    error = jax.vmap(model)(x.astype(model.head.dtype)) - x[:, 0]
+    return jnp.mean(error.astype(jnp.float32) ** 2)
 
 
-def with_aux(model: Any, x: jax.Array, y: jax.Array) -> Any:
-    return mean_loss(model, x, y), {"mean": jnp.mean(x), "steps": 1}
+def with_aux(model: Any, x: jax.Array) -> Any:
+    return mean_loss(model, x), {"mean": jnp.mean(x), "steps": 1}
 
 
 def half(model: Any) -> Any:
@@ -87,20 +82,29 @@ def half(model: Any) -> Any:
     return eqx.combine(tree_cast(arrays, jnp.bfloat16), rest)
 
 
-def by_hand(optim: Any, model: Any, state: Any, batch: Any = (X, Y)) -> Any:
+@eqx.filter_jit
+def step_by_hand(optim: Any, model: Any, state: Any, x: Any) -> Any:
+    loss, grads = eqx.filter_value_and_grad(mean_loss)(model, x)
+    updates, state = update(optim, grads, state, model, value=loss)
+    return eqx.apply_updates(model, updates), state, loss
+
+
+def by_hand(optim: Any, model: Any = MODEL) -> Any:
     """The loop that `make_step` replaces."""
-
-    @eqx.filter_jit
-    def one(optim: Any, model: Any, state: Any, x: Any, y: Any) -> Any:
-        loss, grads = eqx.filter_value_and_grad(mean_loss)(model, x, y)
-        updates, state = update(optim, grads, state, model, value=loss)
-        return eqx.apply_updates(model, updates), state, loss
-
-    losses = []
-    for x, y in zip(*batch, strict=True):
-        model, state, loss = one(optim, model, state, x, y)
+    state, losses = init(optim, model), []
+    for x in X:
+        model, state, loss = step_by_hand(optim, model, state, x)
         losses.append(loss)
     return model, state, jnp.stack(losses)
+
+
+def looped(step: Any, carry: Any) -> Any:
+    """The loop with it: the last carry, and the losses."""
+    losses = []
+    for x in X:
+        carry, loss = step(carry, x)
+        losses.append(loss)
+    return carry, jnp.stack(losses)
 
 
 def data(tree: Any) -> Any:
@@ -119,24 +123,17 @@ def assert_same(x: Any, y: Any, tolerance: float = 0.0) -> None:
 #
 
 
-def inject(optim: Any) -> Any:
-    static = ("b3", "alpha", "weight_decay_mask", "trainable", "state_format")
-    return optax.inject_hyperparams(optim, static_args=static)(1e-2)
-
-
+ADEMAMIX = AdEMAMix(
+    1e-2, weight_decay=0.1, weight_decay_mask=decay_mask(MODEL), **SCHEDULES
+)
 OPTIMIZERS: Any = {
-    "AdEMAMix": AdEMAMix(
-        1e-2, weight_decay=0.1, weight_decay_mask=decay_mask(MODEL), **SCHEDULES
-    ),
+    "AdEMAMix": ADEMAMIX,
     "arrays, frozen": AdEMAMix(jnp.asarray(1e-2), b1=jnp.asarray(0.8), trainable=HEAD),
-    "half": AdEMAMix(1e-2, state_format=everywhere(StateFormat.half())),
     "compact": AdEMAMix(1e-2, state_format=COMPACT),
     "Simplified": SimplifiedAdEMAMix(1e-3, b1=0.0),
-    "Compensated": Compensated(AdEMAMix(1e-4, state_format=COMPACT)),
-    "chain": optax.chain(optax.clip_by_global_norm(1.0), AdEMAMix(1e-2)),
+    "Compensated": Compensated(SimplifiedAdEMAMix(1e-4)),
     "MultiSteps": optax.MultiSteps(AdEMAMix(1e-2), every_k_schedule=2),
-    "inject_hyperparams": inject(AdEMAMix),
-    "adamw": optax.adamw(optax.linear_schedule(1e-2, 0.0, 10)),
+    "inject_hyperparams": optax.inject_hyperparams(optax.adamw)(1e-2),
     "plateau": optax.chain(
         optax.sgd(1e-2), optax.contrib.reduce_on_plateau(patience=1, atol=1e9)
     ),
@@ -146,56 +143,39 @@ OPTIMIZERS: Any = {
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_same_bits_as_by_hand(name: str):
-    """After one trace. The model is not donated, though some states refer to it."""
-    optim = OPTIMIZERS[name]
-    model = half(MODEL) if name == "Compensated" else MODEL
-    batch = tree_cast((X, Y), model.first.weight.dtype)
+    """And one trace."""
+    optim, model = OPTIMIZERS[name], half(MODEL) if name == "Compensated" else MODEL
     counted, traces = count_traces(mean_loss)
     step = make_step(counted, optim)
-    carry, losses = step.init(model), []
-    for x, y in zip(*batch, strict=True):
-        carry, loss = step(carry, x, y)
-        losses.append(loss)
+    carry, losses = looped(step, step.init(model))
     assert len(traces) == 1 and len(step._layouts) == 1
-    found = *step.unpack(carry), jnp.stack(losses)
-    assert_same(found, by_hand(optim, model, init(optim, model), batch))
-    assert tree_type(found[1]) == tree_type(init(optim, model))
-
-
-def test_a_restart_changes_nothing():
-    """`pack` takes what `unpack` gave, also with the state of `grad_transform`."""
-    trace = optax.trace(0.9)
-    optim = OPTIMIZERS["compact"]
-    step = make_step(mean_loss, optim, grad_transform=trace)
-    carry, restarted = step.init(MODEL), step.init(MODEL)
-    for x, y in zip(X, Y, strict=True):
-        carry, _ = step(carry, x, y)
-        restarted, _ = step(step.pack(*step.unpack(restarted)), x, y)
-    assert_same(step.unpack(carry), step.unpack(restarted))
-    _, (trace_state, state) = step.unpack(carry)
-    assert isinstance(trace_state, optax.TraceState) and state.count == 4
-    assert hyperparams(optim, (trace_state, state)).learning_rate == np.float32(1e-2)
+    assert_same((*step.unpack(carry), losses), by_hand(optim, model))
+    assert tree_type(step.unpack(carry)[1]) == tree_type(init(optim, model))
 
 
 def test_a_transformation_of_gradients_is_the_start_of_a_chain():
-    optim = OPTIMIZERS["AdEMAMix"]
-    chain = optax.chain(CLIP, optim)
-    step = make_step(mean_loss, optim, grad_transform=CLIP)
-    carry = step.pack(MODEL, init(chain, MODEL))
-    for x, y in zip(X, Y, strict=True):
-        carry, _ = step(carry, x, y)
-    model, state, _ = by_hand(chain, MODEL, init(chain, MODEL))
-    assert_same(step.unpack(carry), (model, state))
+    """Its state is the first of a pair. A restart changes nothing."""
+    trace = optax.trace(0.9)
+    chain = optax.chain(trace, ADEMAMIX)
+    step = make_step(mean_loss, ADEMAMIX, grad_transform=trace)
+    carry = step.init(MODEL)
+    for i, x in enumerate(X):
+        carry = step.pack(*step.unpack(carry)) if i == 2 else carry
+        carry, _ = step(carry, x)
+    assert_same(step.unpack(carry), by_hand(chain)[:2])
+    _, state = step.unpack(carry)
+    assert isinstance(state[0], optax.TraceState) and state[1].count == 4
+    assert hyperparams(ADEMAMIX, state).learning_rate == np.float32(1e-2)
+
+
+def line_search(rate: float) -> Any:
+    search = optax.scale_by_backtracking_linesearch(max_backtracking_steps=5)
+    return optax.chain(optax.sgd(rate), search)
 
 
 def test_a_line_search_gets_the_value_and_the_function():
-    search = optax.scale_by_backtracking_linesearch(max_backtracking_steps=5)
-    optim: Any = optax.chain(optax.sgd(1.0), search)
-    step = make_step(mean_loss, optim)
-    carry, losses = step.init(MODEL), []
-    for _ in range(3):
-        carry, loss = step(carry, X[0], Y[0])
-        losses.append(loss)
+    step = make_step(lambda model, _: jnp.sum(model**2), line_search(3.0))
+    _, losses = looped(step, step.init(jnp.ones(3)))
     assert losses[2] < losses[1] < losses[0]
 
 
@@ -210,8 +190,8 @@ class Plain:
 
 
 def test_an_optimizer_without_extra_arguments():
-    step = make_step(mean_loss, Plain())
-    carry, _ = step(step.init(MODEL), X[0], Y[0])
+    step = make_step(jnp.sum, Plain())
+    carry, _ = step(step.init(jnp.ones(2)))
     assert step.unpack(carry)[1] == 1
 
 
@@ -221,17 +201,10 @@ def test_an_optimizer_without_extra_arguments():
 
 
 def test_several_steps_in_one_call():
-    optim = OPTIMIZERS["AdEMAMix"]
-    single = make_step(with_aux, optim, has_aux=True)
-    several = make_step(with_aux, optim, has_aux=True, steps_per_call=4)
-    carry, outs = single.init(MODEL), []
-    for x, y in zip(X, Y, strict=True):
-        carry, out = single(carry, x, y)
-        outs.append(out)
-    carry4, (losses, aux) = several(several.init(MODEL), X, Y)
-    assert_same(several.unpack(carry4), single.unpack(carry), 1e-6)
-    np.testing.assert_allclose(losses, jnp.stack([loss for loss, _ in outs]), 1e-6)
-    assert losses.shape == aux["mean"].shape == (4,)
+    step = make_step(with_aux, ADEMAMIX, has_aux=True, steps_per_call=4)
+    carry, (losses, aux) = step(step.init(MODEL), X)
+    assert_same((*step.unpack(carry), losses), by_hand(ADEMAMIX), 1e-6)
+    np.testing.assert_allclose(aux["mean"], X.mean((1, 2)), 1e-5)
     assert aux["steps"].tolist() == [1, 1, 1, 1]
 
 
@@ -258,22 +231,17 @@ def test_weak_types_in_a_loop():
 @pytest.mark.parametrize("steps", (1, 4))
 def test_packed_arrays(steps: int):
     """Small arrays of one dtype share a buffer. PRNG keys and large arrays do not."""
-    optim = OPTIMIZERS["AdEMAMix"]
-    step = make_step(mean_loss, optim, pack_below=8, steps_per_call=steps)
-    carry, plain = step.init(MODEL), make_step(mean_loss, optim)
-    # float32: three small arrays in four trees. int32: the counters and `steps`.
+    step = make_step(mean_loss, ADEMAMIX, pack_below=8, steps_per_call=steps)
+    carry = step.init(MODEL)
+    # float32: `head` and its moments. int32: `steps` and the two counters.
     kinds = [(x.shape, str(x.dtype)) for x in carry.arrays]
     large = [((4, 3), "float32")]
-    assert kinds[:2] == [(((4 + 4 + 1) * 4,), "float32"), ((3,), "int32")]
+    assert kinds[:2] == [((16,), "float32"), ((3,), "int32")]
     assert kinds[2:] == [*large, ((), "key<fry>"), *large * 3]
-    reference = plain.init(MODEL)
-    for x, y in zip(X, Y, strict=True):
-        reference, _ = plain(reference, x, y)
-        carry, _ = step(carry, x, y) if steps == 1 else (carry, None)
-    carry = step(carry, X, Y)[0] if steps == 4 else carry
-    assert_same(step.unpack(carry), plain.unpack(reference), 1e-6)
+    carry, losses = looped(step, carry) if steps == 1 else step(carry, X)
+    assert_same((*step.unpack(carry), losses), by_hand(ADEMAMIX), 1e-6)
     again = step.pack(*step.unpack(carry))
-    assert again.layout is carry.layout
+    assert again.layout is carry.layout and len(step._layouts) == 1
     assert_same(step.unpack(again), step.unpack(carry))
 
 
@@ -282,65 +250,46 @@ def test_packed_arrays(steps: int):
 #
 
 
-class Normed(eqx.Module):
-    linear: eqx.nn.Linear
-    norm: eqx.nn.BatchNorm
+class Counter(eqx.Module):
+    """A model that counts its calls."""
+
+    weight: jax.Array
+    calls: eqx.nn.StateIndex
 
     def __init__(self):
-        self.linear = eqx.nn.Linear(3, 2, key=jax.random.key(0))
-        # Equinox 0.12 added `mode`, and warns if it is missing.
-        has_mode = "mode" in inspect.signature(eqx.nn.BatchNorm.__init__).parameters
-        mode: Any = {"mode": "ema"} if has_mode else {}
-        self.norm = eqx.nn.BatchNorm(2, axis_name="batch", **mode)
-
-    def __call__(self, x: jax.Array, state: eqx.nn.State) -> Any:
-        return self.norm(self.linear(x), state)
+        self.weight = jnp.ones(3)
+        self.calls = eqx.nn.StateIndex(jnp.asarray(0))
 
 
-def normed_loss(model: Normed, model_state: eqx.nn.State, x: jax.Array) -> Any:
-    run = jax.vmap(model, axis_name="batch", in_axes=(0, None), out_axes=(0, None))
-    out, model_state = run(x, model_state)
-    return jnp.mean((out - 1.0) ** 2), model_state
+def counting_loss(model: Counter, model_state: eqx.nn.State, x: jax.Array) -> Any:
+    calls = model_state.get(model.calls) + 1
+    loss = jnp.mean((x @ model.weight) ** 2)
+    return loss, model_state.set(model.calls, calls)
 
 
 @pytest.mark.parametrize("steps", (1, 4))
 def test_a_model_with_a_state(steps: int):
-    model, model_state = eqx.nn.make_with_state(Normed)()
-    optim = AdEMAMix(1e-2)
+    model, model_state = eqx.nn.make_with_state(Counter)()
+    optim = optax.sgd(0.1)
 
-    def with_aux(model: Any, model_state: Any, x: Any) -> Any:
-        loss, model_state = normed_loss(model, model_state, x)
-        return loss, (model_state, jnp.max(x))
+    def loss_fn(model: Any, model_state: Any, x: Any) -> Any:
+        loss, after = counting_loss(model, model_state, x)
+        return loss, (after, after.get(model.calls))
 
-    step = make_step(with_aux, optim, has_aux=True, steps_per_call=steps)
+    step = make_step(loss_fn, optim, has_aux=True, steps_per_call=steps)
     carry = step.init(model, model_state=model_state)
-    for x in X if steps == 1 else (X,):
-        carry, (_, aux) = step(carry, x)
-    assert np.max(aux) == jnp.max(X[3]) or steps == 4
-    found = step.unpack(carry)
-
-    @eqx.filter_jit
-    def one(model: Any, state: Any, model_state: Any, x: Any) -> Any:
-        compute = eqx.filter_value_and_grad(normed_loss, has_aux=True)
-        (_, model_state), grads = compute(model, model_state, x)
-        updates, state = update(optim, grads, state, model)
-        return eqx.apply_updates(model, updates), state, model_state
-
-    expected = model, init(optim, model), model_state
-    for x in X:
-        expected = one(*expected, x)
-    assert_same(found, expected, 0.0 if steps == 1 else 1e-6)
-    again = step.pack(*found[:2], model_state=found[2])
-    assert_same(step.unpack(again), found)
+    carry, (_, calls) = step(carry, X[0]) if steps == 1 else step(carry, X)
+    assert calls == 1 if steps == 1 else calls.tolist() == [1, 2, 3, 4]
+    trained, state, after = step.unpack(carry)
+    assert after.get(trained.calls) == steps and model_state.get(model.calls) == 0
+    again = step.pack(trained, state, model_state=after)
+    assert_same(step.unpack(again), (trained, state, after))
 
 
 def test_a_line_search_with_a_state():
     """`value_fn` gets a state of its own: Equinox forbids to use one twice."""
-    model, model_state = eqx.nn.make_with_state(Normed)()
-    optim: Any = optax.chain(
-        optax.sgd(0.1), optax.scale_by_backtracking_linesearch(max_backtracking_steps=2)
-    )
-    step = make_step(normed_loss, optim)
+    model, model_state = eqx.nn.make_with_state(Counter)()
+    step = make_step(counting_loss, line_search(0.1))
     carry = step.init(model, model_state=model_state)
     carry, first = step(carry, X[0])
     assert step(carry, X[0])[1] < first
@@ -367,19 +316,19 @@ def test_nothing_of_the_user_is_donated():
 
 
 def test_without_donation_a_carry_lives_on():
-    step = make_step(mean_loss, AdEMAMix(1e-2), donate=False)
+    step = make_step(mean_loss, optax.sgd(1e-2), donate=False)
     carry = step.init(MODEL)
-    first, second = step(carry, X[0], Y[0]), step(carry, X[0], Y[0])
+    first, second = step(carry, X[0]), step(carry, X[0])
     assert not any(x.is_deleted() for x in carry.arrays)
     assert_same(step.unpack(first[0]), step.unpack(second[0]))
 
 
 def test_a_carry_is_a_module():
-    step = make_step(mean_loss, AdEMAMix(1e-2))
+    step = make_step(mean_loss, optax.adam(1e-2))
     carry = step.init(MODEL)
     assert isinstance(carry, eqx.Module) and isinstance(carry, TrainCarry)
     assert jtu.tree_leaves(carry) == list(carry.arrays)
-    after, _ = step(step.init(MODEL), X[0], Y[0])
+    after, _ = step(step.init(MODEL), X[0])
     assert jtu.tree_structure(after) == jtu.tree_structure(carry)
     without_keys = lambda c: [x for x in c.arrays if str(x.dtype) != "key<fry>"]
     file = io.BytesIO()
@@ -390,9 +339,9 @@ def test_a_carry_is_a_module():
 
 
 def test_nothing_is_kept_alive():
-    loss_fn = lambda model, x, y: mean_loss(model, x, y)
-    step = make_step(loss_fn, AdEMAMix(1e-2), pack_below=8)
-    carry, _ = step(step.init(MODEL), X[0], Y[0])
+    loss_fn = lambda model: jnp.sum(model**2)
+    step = make_step(loss_fn, optax.sgd(1e-2), pack_below=8)
+    carry, _ = step(step.init(jnp.ones(2)))
     step.unpack(carry)
     dead = [weakref.ref(x) for x in (step, loss_fn, carry.layout)]
     del step, loss_fn, carry
@@ -411,29 +360,26 @@ def test_a_sweep_of_learning_rates():
     def train(rate: jax.Array) -> Any:
         step = make_step(mean_loss, AdEMAMix(rate), steps_per_call=2)
         carry = step.init(MODEL)
-        batches = X.reshape(2, 2, 8, 3), Y.reshape(2, 2, 8, 1)
-        carry, _ = jax.lax.scan(lambda carry, b: step(carry, *b), carry, batches)
+        carry, _ = jax.lax.scan(step, carry, X.reshape(2, 2, 8, 3))
         return eqx.filter(step.unpack(carry), eqx.is_inexact_array)
 
     rates = jnp.asarray([1e-3, 1e-2])
     swept = jax.jit(jax.vmap(train))(rates)
     for i, rate in enumerate(rates):
-        optim = AdEMAMix(rate)
-        model, state, _ = by_hand(optim, MODEL, init(optim, MODEL))
-        expected = eqx.filter((model, state), eqx.is_inexact_array)
+        expected = eqx.filter(by_hand(AdEMAMix(rate))[:2], eqx.is_inexact_array)
         assert_same(jax.tree.map(lambda x, i=i: x[i], swept), expected, 1e-5)
 
 
 def test_a_batch_of_carries():
     models = eqx.filter_vmap(Model)(jnp.arange(2))
-    step = make_step(mean_loss, AdEMAMix(1e-2))
+    step = make_step(mean_loss, optax.sgd(1e-2))
     carries = eqx.filter_vmap(step.init)(models)
-    carries, losses = eqx.filter_vmap(lambda c: step(c, X[0], Y[0]))(carries)
+    carries, losses = eqx.filter_vmap(lambda c: step(c, X[0]))(carries)
     trained, _ = eqx.filter_vmap(step.unpack)(carries)
-    alone, loss = step(step.init(Model(1)), X[0], Y[0])
+    alone, loss = step(step.init(Model(1)), X[0])
     np.testing.assert_allclose(losses[1], loss, 1e-6)
-    weight = step.unpack(alone)[0].first.weight
-    np.testing.assert_allclose(trained.first.weight[1], weight, 1e-6)
+    weight = step.unpack(alone)[0].weight
+    np.testing.assert_allclose(trained.weight[1], weight, 1e-6)
 
 
 @pytest.mark.parametrize("pack_below", (0, 8))
@@ -489,7 +435,7 @@ def test_the_batch():
 def test_a_failed_call_is_not_taken_for_a_donated_carry():
     """The loss raises after the carry was donated. Its own error is shown."""
     loss_fn = lambda model: jnp.sum(eqx.error_if(model, model > 0, "too large"))
-    step = make_step(loss_fn, AdEMAMix(1e-2))
+    step = make_step(loss_fn, optax.sgd(1e-2))
     with pytest.raises(Exception, match="too large"):
         jax.block_until_ready(step(step.init(jnp.ones(2))))
 
@@ -498,6 +444,6 @@ def test_an_error_of_the_loss_is_shown():
     def broken(model: Any, x: Any) -> Any:
         raise TypeError("my own")
 
-    step = make_step(broken, AdEMAMix(1e-2))
-    with pytest.raises(TypeError, match="^my own$"):
+    step = make_step(broken, optax.sgd(1e-2))
+    with pytest.raises(TypeError, match="my own"):
         step(step.init(MODEL), X)
