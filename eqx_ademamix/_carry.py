@@ -60,6 +60,10 @@ def is_array(x: Node) -> bool:
     return isinstance(x, (jax.Array, np.ndarray, np.generic))
 
 
+def strongly_typed(x: Node) -> Node:
+    return x.astype(x.dtype) if is_array(x) and type_of(x).weak_type else x
+
+
 class Layout:
     """Where the arrays of a carry belong: the model and state without their arrays.
 

@@ -26,6 +26,7 @@ from ._carry import (
     is_concrete,
     is_small,
     statics_of,
+    strongly_typed,
     type_of,
 )
 from ._checks import check_alive, check_optimizer
@@ -205,7 +206,10 @@ class TrainStep:
         for name, tree in zip(NAMES, (model, state, model_state), strict=True):
             check_alive(name, tree)
         rest = () if model_state is None else (model_state,)
-        leaves, treedef = jtu.tree_flatten((model, state, *rest))
+        # optax starts some states with weakly typed numbers, which a step makes strong.
+        # Then the second call would compile again.
+        states = jax.tree.map(strongly_typed, (state, *rest))
+        leaves, treedef = jtu.tree_flatten((model, *states))
         copies = copies_of([x for x in leaves if is_array(x)])
         is_packed = [is_small(x, self._pack_below) for x in copies]
         layout = self._layout(treedef, statics_of(leaves), copies, is_packed)
