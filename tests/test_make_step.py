@@ -116,7 +116,7 @@ def data(x: Any) -> Any:
 
 
 def assert_same(x: Any, y: Any, tolerance: float = 0.0) -> None:
-    assert_trees_close(*(jax.tree.map(data, tree) for tree in (x, y)), tolerance)
+    assert_trees_close(jax.tree.map(data, x), jax.tree.map(data, y), tolerance)
 
 
 #
@@ -124,7 +124,7 @@ def assert_same(x: Any, y: Any, tolerance: float = 0.0) -> None:
 #
 
 
-ADEMAMIX = AdEMAMix(
+ADEMAMIX: Any = AdEMAMix(
     1e-2, weight_decay=0.1, weight_decay_mask=decay_mask(MODEL), **SCHEDULES
 )
 OPTIMIZERS: Any = {
@@ -133,7 +133,7 @@ OPTIMIZERS: Any = {
     "compact": AdEMAMix(1e-2, state_format=COMPACT),
     "Simplified": SimplifiedAdEMAMix(1e-3, b1=0.0),
     "Compensated": Compensated(SimplifiedAdEMAMix(1e-4)),
-    "MultiSteps": optax.MultiSteps(AdEMAMix(1e-2), every_k_schedule=2),
+    "MultiSteps": optax.MultiSteps(ADEMAMIX, every_k_schedule=2),
     "inject_hyperparams": optax.inject_hyperparams(optax.adamw)(1e-2),
     "plateau": optax.chain(
         optax.sgd(1e-2), optax.contrib.reduce_on_plateau(patience=1, atol=1e9)
@@ -399,7 +399,7 @@ def test_sharded_models(pack_below: int):
     }
     loss_fn = lambda m, x: jnp.mean((x @ m["w"].T) ** 2) + jnp.mean(m["v"] ** 2)
     counted, traces = count_traces(loss_fn)
-    step = make_step(counted, AdEMAMix(1e-2), pack_below=pack_below)
+    step: Any = make_step(counted, AdEMAMix(1e-2), pack_below=pack_below)
     carry = step.init(model)
     for _ in range(3):
         carry, _ = step(carry, jnp.ones((4, 3)))
