@@ -1,6 +1,7 @@
 """`make_step` takes the steps of a loop written by hand, and keeps what it is given."""
 
 import gc
+import inspect
 import io
 import weakref
 from typing import Any
@@ -287,6 +288,34 @@ def test_a_model_with_a_state(steps: int):
     assert after.get(trained.calls) == steps and model_state.get(model.calls) == 0
     again = step.pack(trained, state, model_state=after)
     assert_same(step.unpack(again), (trained, state, after))
+
+
+def test_batch_norm():
+    """As by hand, bit for bit."""
+    # Equinox 0.12 added `mode`, and warns if it is missing.
+    has_mode = "mode" in inspect.signature(eqx.nn.BatchNorm.__init__).parameters
+    mode: Any = {"mode": "ema"} if has_mode else {}
+    make = lambda: eqx.nn.BatchNorm(3, axis_name="batch", **mode)
+    start, optim = eqx.nn.make_with_state(make)(), optax.sgd(0.1)
+
+    def loss_fn(model: Any, model_state: Any, x: Any) -> Any:
+        run = jax.vmap(model, axis_name="batch", in_axes=(0, None), out_axes=(0, None))
+        out, model_state = run(x, model_state)
+        return jnp.mean((out - 1.0) ** 2), model_state
+
+    @eqx.filter_jit
+    def by_hand(model: Any, state: Any, model_state: Any, x: Any) -> Any:
+        compute = eqx.filter_value_and_grad(loss_fn, has_aux=True)
+        (_, model_state), grads = compute(model, model_state, x)
+        updates, state = update(optim, grads, state, model)
+        return eqx.apply_updates(model, updates), state, model_state
+
+    step = make_step(loss_fn, optim)
+    carry, _ = looped(step, step.init(start[0], model_state=start[1]))
+    expected = start[0], init(optim, start[0]), start[1]
+    for x in X:
+        expected = by_hand(*expected, x)
+    assert_same(step.unpack(carry), expected)
 
 
 def test_a_line_search_with_a_state():
