@@ -418,8 +418,9 @@ def _check_aux(aux: PyTree) -> None:
 
 
 def _is_traceable(x: Node) -> bool:
-    is_numeric = is_array(x) and getattr(x.dtype, "kind", "") not in "OSUMm"
-    return is_numeric or isinstance(x, (bool, int, float, complex))
+    if isinstance(x, (np.ndarray, np.generic)):
+        return x.dtype.kind not in "OSUMm"  # objects, text, and times
+    return isinstance(x, (jax.Array, bool, int, float, complex))
 
 
 def _check_batch(batch: tuple[PyTree, ...]) -> None:
@@ -498,7 +499,7 @@ def make_step(
     import eqx_ademamix
 
 
-    @eqx.filter_jit(donate="all")
+    @eqx.filter_jit
     def step(optim, model, state, *batch):
         loss, grads = eqx.filter_value_and_grad(loss_fn)(model, *batch)
         updates, state = eqx_ademamix.update(optim, grads, state, model)

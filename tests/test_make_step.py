@@ -445,6 +445,15 @@ def test_sharded_models(pack_below: int):
     assert_same(step.unpack(carry), plain.unpack(alone), 1e-6)
 
 
+def test_keys_in_a_batch():
+    """Keys of both kinds can be batches, and `aux`."""
+    keys = jax.random.split(jax.random.key(0), 2)
+    loss_fn = lambda w, new, old: (jnp.sum(w * jax.random.uniform(new)), (new, old))
+    step = make_step(loss_fn, optax.sgd(1.0), has_aux=True, steps_per_call=2)
+    _, (_, aux) = step(step.init(jnp.ones(())), keys, jax.random.key_data(keys))
+    assert_same(aux, (keys, jax.random.key_data(keys)))
+
+
 def test_the_batch():
     """Trees of arrays and numbers, none of which is static; and wide types."""
     counted, traces = count_traces(
