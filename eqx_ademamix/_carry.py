@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import equinox as eqx
 import jax
@@ -60,6 +60,31 @@ def is_array(x: Node) -> bool:
     return isinstance(x, (jax.Array, np.ndarray, np.generic))
 
 
+class Placement(NamedTuple):
+    """Where an array of a carry is stored."""
+
+    is_packed: bool  # in a buffer, together with others
+    sharding: NamedSharding | None  # which a step has to keep
+
+
+def placement_of(x: Array, pack_below: int) -> Placement:
+    is_on_mesh = is_concrete(x) and isinstance(x.sharding, NamedSharding)
+    sharding: Any = x.sharding if is_on_mesh else None
+    # On a mesh with explicit axes, the types of arrays say how they are sharded.
+    is_explicit = is_on_mesh and "Explicit" in str(
+        getattr(sharding.mesh, "axis_types", "")
+    )
+    return Placement(_is_small(x, pack_below), None if is_explicit else sharding)
+
+
+def as_placed(arrays: Sequence[Array], placements: Sequence[Placement]) -> list[Array]:
+    """Arrays that a step has computed, sharded as they were before. Otherwise the
+    compiler would choose, and the second call could compile again."""
+    pairs = zip(arrays, [x.sharding for x in placements], strict=True)
+    constrain = lax.with_sharding_constraint
+    return [x if sharding is None else constrain(x, sharding) for x, sharding in pairs]
+
+
 def strongly_typed(x: Node) -> Node:
     return x.astype(x.dtype) if is_array(x) and type_of(x).weak_type else x
 
@@ -78,15 +103,15 @@ class Layout:
         treedef: PyTreeDef,
         statics: Sequence[Node],
         types: Sequence[Type],
-        is_packed: Sequence[bool],
+        placements: Sequence[Placement],
     ):
         self.owner = owner
         self.as_structure: Structure = (None,) * index
         self.treedef = treedef
         self.statics = statics  # the leaves, with `ARRAY` in place of the arrays
         self.types = types
-        self.is_packed = is_packed
-        self.groups = _groups(types, is_packed)
+        self.placements = placements
+        self.groups = _groups(types, placements)
         packed = {i for group in self.groups for i in group}
         self.rest = [i for i in range(len(types)) if i not in packed]
 
@@ -95,7 +120,7 @@ class Layout:
         return (
             self.treedef == other.treedef
             and self.types == other.types
-            and self.is_packed == other.is_packed
+            and self.placements == other.placements
             and all(_is_same(a, b) for a, b in pairs)
         )
 
@@ -161,16 +186,16 @@ def _is_same(a: Node, b: Node) -> bool:
     return a is b or (type(a) is type(b) and bool(a == b))
 
 
-def _groups(types: Sequence[Type], is_packed: Sequence[bool]) -> list[list[int]]:
+def _groups(types: Sequence[Type], placements: Sequence[Placement]) -> list[list[int]]:
     """The arrays that share a buffer, by dtype."""
     by_dtype: dict[Any, list[int]] = {}
-    for i, (kind, flag) in enumerate(zip(types, is_packed, strict=True)):
-        if flag:
+    for i, (kind, placement) in enumerate(zip(types, placements, strict=True)):
+        if placement.is_packed:
             by_dtype.setdefault(kind.dtype, []).append(i)
     return [group for group in by_dtype.values() if len(group) > 1]
 
 
-def is_small(x: Array, pack_below: int) -> bool:
+def _is_small(x: Array, pack_below: int) -> bool:
     """Whether an array may share a buffer with others of its dtype. Not if that would
     lose something: a weak type, a PRNG key, or a sharding."""
     is_key = jnp.issubdtype(x.dtype, jax.dtypes.extended)

@@ -16,15 +16,17 @@ from jaxtyping import Array, PyTree
 from ._carry import (
     NAMES,
     Layout,
+    Placement,
     Structure,
     TrainCarry,
+    as_placed,
     carry_of,
     check_stable,
     copies_of,
     described,
     is_array,
     is_concrete,
-    is_small,
+    placement_of,
     statics_of,
     strongly_typed,
     type_of,
@@ -80,7 +82,9 @@ class TrainStep:
         self._owner = object()
         self._layouts: list[Layout] = []
         self._constants = tuple(jtu.tree_leaves(self._arrays))
-        self._compiled = jax.jit(self._call, donate_argnums=(0,) if donate else ())
+        self._compiled = jax.jit(
+            self._train_step, donate_argnums=(0,) if donate else ()
+        )
         self._separate = jax.jit(self._leaves)
 
     @no_type_check
@@ -211,8 +215,8 @@ class TrainStep:
         states = jax.tree.map(strongly_typed, (state, *rest))
         leaves, treedef = jtu.tree_flatten((model, *states))
         copies = copies_of([x for x in leaves if is_array(x)])
-        is_packed = [is_small(x, self._pack_below) for x in copies]
-        layout = self._layout(treedef, statics_of(leaves), copies, is_packed)
+        placements = [placement_of(x, self._pack_below) for x in copies]
+        layout = self._layout(treedef, statics_of(leaves), copies, placements)
         return carry_of(layout.stored(copies), layout)
 
     def _layout(
@@ -220,11 +224,11 @@ class TrainStep:
         treedef: PyTreeDef,
         statics: Sequence[Node],
         arrays: Sequence[Array],
-        is_packed: Sequence[bool],
+        placements: Sequence[Placement],
     ) -> Layout:
         """The layout of a tree: the one that the step knows already, or a new one."""
         types, index = [type_of(x) for x in arrays], len(self._layouts)
-        new = Layout(self._owner, index, treedef, statics, types, is_packed)
+        new = Layout(self._owner, index, treedef, statics, types, placements)
         for layout in self._layouts:
             if layout.is_like(new):
                 return layout
@@ -242,7 +246,7 @@ class TrainStep:
     # Inside of the compiled call
     #
 
-    def _call(
+    def _train_step(
         self,
         stored: tuple[Array, ...],
         constants: tuple[Array, ...],
@@ -265,8 +269,9 @@ class TrainStep:
         leaves, outs = lax.scan(
             body, layout.leaves(stored), batch, length=self._steps_per_call
         )
+        leaves = as_placed(leaves, layout.placements)
         # The loop may have made weak types strong.
-        after = self._layout(layout.treedef, layout.statics, leaves, layout.is_packed)
+        after = self._layout(layout.treedef, layout.statics, leaves, layout.placements)
         return after.stored(leaves), outs, after.as_structure
 
     def _one(
@@ -281,10 +286,11 @@ class TrainStep:
         tree, out = self._step(functions, model, state, rest, batch)
         leaves, treedef = jtu.tree_flatten(tree)
         arrays = [x for x in leaves if is_array(x)]
-        is_packed = layout.is_packed
-        if len(arrays) != len(is_packed):
-            is_packed = [is_small(x, self._pack_below) for x in arrays]
-        after = self._layout(treedef, statics_of(leaves), arrays, is_packed)
+        placements = layout.placements
+        if len(arrays) != len(placements):  # an error that `check_stable` raises
+            placements = [placement_of(x, self._pack_below) for x in arrays]
+        arrays = as_placed(arrays, placements)
+        after = self._layout(treedef, statics_of(leaves), arrays, placements)
         return arrays, out, after
 
     def _step(
