@@ -1,6 +1,7 @@
 """AdEMAMix for Equinox models: typed hyperparameters, typed state, right numbers."""
 
 from ._ademamix import AdEMAMix as AdEMAMix
+from ._carry import TrainCarry as TrainCarry
 from ._decay_mask import decay_mask as decay_mask
 from ._decay_mask import decay_report as decay_report
 from ._hyperparams import Hyperparams as Hyperparams
@@ -25,6 +26,8 @@ from ._interop.transformations import (
 from ._interop.transformations import simplified_ademamix as simplified_ademamix
 from ._learning_rate_scale import learning_rate_report as learning_rate_report
 from ._learning_rate_scale import path_scales as path_scales
+from ._make_step import TrainStep as TrainStep
+from ._make_step import make_step as make_step
 from ._moments import tree_bias_correction as tree_bias_correction
 from ._moments import tree_cast as tree_cast
 from ._moments import tree_update_moment as tree_update_moment

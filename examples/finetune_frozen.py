@@ -52,18 +52,6 @@ class Classifier(eqx.Module):
         return self.head(jax.nn.relu(self.norm(self.body(image))))
 
 
-@eqx.filter_jit(donate="all-except-first")
-def train_step(
-    kept: tuple[eqx_ademamix.AdEMAMix, Batch],
-    model: Classifier,
-    state: eqx_ademamix.AdEMAMixState,
-) -> tuple[Classifier, eqx_ademamix.AdEMAMixState]:
-    optim, data = kept
-    grads = eqx.filter_grad(mean_loss)(model, data)  # unused gradients are not computed
-    updates, state = eqx_ademamix.update(optim, grads, state, model)
-    return eqx.apply_updates(model, updates), state
-
-
 def train(
     config: Config, model: Classifier, trainable: PyTree, data: Batch, test: Batch
 ) -> tuple[Classifier, Curve]:
@@ -76,18 +64,19 @@ def train(
         weight_decay_mask=eqx_ademamix.decay_mask(model),
         trainable=trainable,
     )
-    state = eqx_ademamix.init(optim, model)
+    step = eqx_ademamix.make_step(mean_loss, optim)  # unused gradients are not computed
+    carry = step.init(model)
+    _, state = step.unpack(carry)
     numbers = sum(x.size for x in jax.tree.leaves(state.m2))
-    model = jax.tree.map(lambda x: x.copy() if eqx.is_array(x) else x, model)
 
     accuracies: Curve = []
-    for step in range(1, config.steps + 1):
-        rows = batch(data, 64, config.seed, step)
-        model, state = train_step((optim, rows), model, state)
-        if step % max(1, config.steps // 20) == 0:
-            accuracies.append((step, float(accuracy(model, test))))
+    for i in range(1, config.steps + 1):
+        carry, _ = step(carry, batch(data, 64, config.seed, i))
+        if i % max(1, config.steps // 20) == 0:
+            model, _ = step.unpack(carry)
+            accuracies.append((i, float(accuracy(model, test))))
     print(f"{numbers:>6,} parameters trained, accuracy {accuracies[-1][1]:.4f}")
-    return model, accuracies
+    return step.unpack(carry)[0], accuracies
 
 
 def plot(path: Path, curves: dict[str, Curve]) -> None:

@@ -93,23 +93,16 @@ def train(
     optim: eqx_ademamix.AdEMAMix, model: Solution, steps: int
 ) -> Float[Array, " evaluations"]:
     """Trains one network. Returns its errors after every fiftieth of the steps."""
-    params, rest = eqx.partition(model, eqx.is_array)
     key = jax.random.key(1)
+    loss_fn = lambda model, i: mean_loss(model, jax.random.fold_in(key, i))
+    step = eqx_ademamix.make_step(loss_fn, optim)
 
-    def step(carry, number: Array):
-        params, state = carry
-        model = eqx.combine(params, rest)
-        grads = eqx.filter_grad(mean_loss)(model, jax.random.fold_in(key, number))
-        updates, state = eqx_ademamix.update(optim, grads, state, model)
-        return (eqx.apply_updates(params, updates), state), None
-
-    def fiftieth(carry, numbers: Array):
-        (params, state), _ = jax.lax.scan(step, carry, numbers)
-        return (params, state), l2_error(eqx.combine(params, rest))
+    def fiftieth(carry: eqx_ademamix.TrainCarry, numbers: Array):
+        carry, _ = jax.lax.scan(step, carry, numbers)
+        return carry, l2_error(step.unpack(carry)[0])
 
     numbers = jnp.arange(steps).reshape(NUM_EVALUATIONS, -1)
-    carry = params, eqx_ademamix.init(optim, model)
-    return jax.lax.scan(fiftieth, carry, numbers)[1]
+    return jax.lax.scan(fiftieth, step.init(model), numbers)[1]
 
 
 # Vectorized over the networks, so that they are trained simultaneously.

@@ -82,18 +82,10 @@ def train(
     optim: Optimizer, model: eqx.nn.MLP, batches: Batch
 ) -> tuple[eqx.nn.MLP, PyTree, Float[Array, " steps"]]:
     """Trains one network. Returns it with the state and the loss at each step."""
-    params, rest = eqx.partition(model, eqx.is_array)
-
-    def step(carry, batch: Batch):
-        params, state = carry
-        model = eqx.combine(params, rest)
-        loss, grads = eqx.filter_value_and_grad(mean_loss)(model, batch)
-        updates, state = eqx_ademamix.update(optim, grads, state, model)
-        return (eqx.apply_updates(params, updates), state), loss
-
-    carry = params, eqx_ademamix.init(optim, model)
-    (params, state), losses = jax.lax.scan(step, carry, batches)
-    return eqx.combine(params, rest), state, losses
+    step = eqx_ademamix.make_step(mean_loss, optim)
+    carry, losses = jax.lax.scan(step, step.init(model), batches)
+    model, state = step.unpack(carry)
+    return model, state, losses
 
 
 # Vectorized over the networks and their batches.

@@ -55,18 +55,9 @@ def train(
 ) -> eqx.nn.MLP:
     """One run. The code does not depend on the other runs."""
     traces.append(None)
-    params, rest = eqx.partition(model, eqx.is_array)
-
-    def step(carry, batch: Batch):
-        params, state = carry
-        model = eqx.combine(params, rest)
-        grads = eqx.filter_grad(mean_loss)(model, batch)
-        updates, state = eqx_ademamix.update(optim, grads, state, model)
-        return (eqx.apply_updates(params, updates), state), None
-
-    carry = params, eqx_ademamix.init(optim, model)
-    (params, _), _ = jax.lax.scan(step, carry, batches)
-    return eqx.combine(params, rest)
+    step = eqx_ademamix.make_step(mean_loss, optim)
+    carry, _ = jax.lax.scan(step, step.init(model), batches)
+    return step.unpack(carry)[0]
 
 
 @eqx.filter_jit

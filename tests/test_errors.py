@@ -26,6 +26,7 @@ from eqx_ademamix import (
     hyperparams,
     init,
     learning_rate_report,
+    make_step,
     path_scales,
     update,
 )
@@ -173,6 +174,57 @@ def donated_hyperparams() -> None:
     state = init(OPTIM, MODEL)
     state.count.delete()
     hyperparams(OPTIM, state)
+
+
+def mean(model: Any, *batch: Any) -> Any:
+    return jnp.mean(model**2)
+
+
+PARAMS = jnp.ones(2)
+MEAN_STEP = make_step(mean, SGD.optim)
+
+
+def run(step: Any, *batch: Any, **kwargs: Any) -> Any:
+    """A first call of a step, or of the step that `make_step` makes of a loss."""
+    step = step if hasattr(step, "pack") else make_step(step, SGD.optim, **kwargs)
+    return lambda: step(step.init(PARAMS), *batch)
+
+
+def with_state(loss_fn: Any, model_state: Any, **kwargs: Any) -> Any:
+    step = make_step(loss_fn, SGD.optim, **kwargs)
+    return lambda: step(step.init(PARAMS, model_state=model_state))
+
+
+def packed(state: Any, optim: Any = OPTIM, **kwargs: Any) -> Any:
+    return lambda: make_step(loss_of_arrays, optim, **kwargs).pack(MODEL, state)
+
+
+def donated_carry(use: Any) -> Any:
+    def user() -> None:
+        step = make_step(mean, SGD.optim)
+        carry = step.init(PARAMS)
+        step(carry)
+        use(step, carry)
+
+    return user
+
+
+def donated_batch() -> None:
+    batch = jnp.ones(2) + 1
+    batch.delete()
+    run(lambda model, batch: jnp.mean(model * batch["x"]), {"x": batch})()
+
+
+def donated_rate() -> None:
+    optim = AdEMAMix(jnp.asarray(1e-3))
+    step = make_step(mean, optim)
+    optim.learning_rate.delete()  # pyright: ignore
+    step(step.init(PARAMS))
+
+
+def changed_carry() -> None:
+    carry = MEAN_STEP.init(PARAMS)
+    MEAN_STEP(jax.tree.map(lambda x: x.astype(jnp.bfloat16), carry))
 
 
 def deep(leaf: Any) -> Any:
@@ -1376,6 +1428,189 @@ CASES = (
             eqx.tree_at(lambda o: o.alpha, OPTIM, jnp.ones(4)), GRADS, STATE
         ),
         r"`alpha` has shape \(4,\), but a scalar",
+    ),
+    # make_step
+    (
+        "make_step in another order",
+        lambda: make_step(OPTIM, loss_of_arrays),
+        r"`loss_fn` is an `AdEMAMix`, but a function was expected. .*`make_step\(loss_fn, optim\)`",
+    ),
+    (
+        "make_step with a class",
+        lambda: make_step(mean, AdEMAMix),
+        "`optim` is the class `AdEMAMix`",
+    ),
+    (
+        "grad_transform",
+        lambda: make_step(mean, OPTIM, grad_transform=optax.clip_by_global_norm),
+        "`grad_transform` is the function `clip_by_global_norm`, but an optax transformation",
+    ),
+    (
+        "has_aux",
+        lambda: make_step(mean, OPTIM, has_aux=1),
+        "`has_aux` is the int 1, but a bool",
+    ),
+    (
+        "donate",
+        lambda: make_step(mean, OPTIM, donate=None),
+        "`donate` is None, but a bool",
+    ),
+    (
+        "steps_per_call",
+        lambda: make_step(mean, OPTIM, steps_per_call=0),
+        "`steps_per_call` is the int 0, but an integer >= 1 was expected",
+    ),
+    (
+        "pack_below",
+        lambda: make_step(mean, OPTIM, pack_below=True),
+        "`pack_below` is the bool True, but an integer >= 0 was expected",
+    ),
+    (
+        "the model as a carry",
+        lambda: MEAN_STEP(PARAMS),
+        r"`carry` is a float32 array of shape \(2,\), but a carry was expected, as `step.init\(model\)`",
+    ),
+    (
+        "all that a step returned",
+        lambda: MEAN_STEP(MEAN_STEP(MEAN_STEP.init(PARAMS))),
+        r"`carry` is a tuple of length 2, .* `carry, loss = step\(carry, \*batch\)`",
+    ),
+    (
+        "the carry of another step",
+        lambda: MEAN_STEP(make_step(mean, SGD.optim).init(PARAMS)),
+        r"`carry` was made by another step. .* call `step.pack\(model, state\)`",
+    ),
+    (
+        "unpacking the carry of another step",
+        lambda: MEAN_STEP.unpack(make_step(mean, SGD.optim).init(PARAMS)),
+        r"`carry` was made by another step",
+    ),
+    (
+        "a donated carry",
+        donated_carry(lambda step, carry: step(carry)),
+        "`carry` was used by an earlier call, to which its arrays were donated",
+    ),
+    (
+        "unpacking a donated carry",
+        donated_carry(lambda step, carry: step.unpack(carry)),
+        "`carry` was used by an earlier call",
+    ),
+    ("a donated batch", donated_batch, r"batch\[0\]\['x'\] has been deleted"),
+    ("a donated learning rate", donated_rate, r"optim.learning_rate has been deleted"),
+    (
+        "a carry that was cast",
+        changed_carry,
+        r"carry.arrays\[0\] is a bfloat16 array of shape \(2,\), but it was a float32 array of shape \(2,\). Change",
+    ),
+    (
+        "no loss",
+        run(lambda model: None),
+        r"`loss_fn` returned None as the loss, but a floating-point array of shape \(\)",
+    ),
+    (
+        "a loss with a shape",
+        run(lambda model: model**2),
+        r"`loss_fn` returned a float32 array of shape \(2,\) as the loss, .* `jnp.mean`",
+    ),
+    (
+        "a complex loss",
+        run(lambda model: jnp.sum(model).astype(complex)),
+        r"`loss_fn` returned a complex64 array of shape \(\) as the loss",
+    ),
+    (
+        "aux without has_aux",
+        run(lambda model: (mean(model), model)),
+        r"`loss_fn` returned a tuple of length 2 as the loss, .* pass `has_aux=True`",
+    ),
+    (
+        "has_aux without aux",
+        run(mean, has_aux=True),
+        r"`loss_fn` returned a float32 array of shape \(\), but the pair `\(loss, aux\)` was expected",
+    ),
+    (
+        "aux of text",
+        run(lambda model: (mean(model), {"name": "text"}), has_aux=True),
+        r"aux\['name'\] is the str 'text', but `loss_fn` can return only arrays and numbers",
+    ),
+    (
+        "no model_state",
+        with_state(mean, jnp.ones(2)),
+        r"`loss_fn` returned a float32 array of shape \(\), but the pair `\(loss, model_state\)`",
+    ),
+    (
+        "model_state and aux in a triple",
+        with_state(lambda model, s: (mean(model), s, 1), jnp.ones(2), has_aux=True),
+        r"returned a tuple of length 3, but the pair `\(loss, \(model_state, aux\)\)` was expected",
+    ),
+    (
+        "model_state without aux",
+        with_state(lambda model, s: (mean(model), s), jnp.ones(3), has_aux=True),
+        r"returned a loss and a float32 array of shape \(3,\), but the pair `\(model_state, aux\)`",
+    ),
+    (
+        "model_state with another structure",
+        with_state(lambda model, s: (mean(model), {}), {"n": jnp.ones(2)}),
+        r"model_state is a dict without the key 'n' after a step, but it was one with it before",
+    ),
+    (
+        "model_state that counts in Python",
+        with_state(lambda model, s: (mean(model), {"n": s["n"] + 1}), {"n": 0}),
+        r"model_state\['n'\] is the int 1 after a step, but it was the int 0 before it",
+    ),
+    (
+        "model_state with another dtype in a loop",
+        with_state(
+            lambda model, s: (mean(model), s.astype(float)),
+            jnp.ones(2, int),
+            steps_per_call=2,
+        ),
+        r"model_state is a float32 array of shape \(2,\) after a step, but it was an int32",
+    ),
+    (
+        "text in a batch",
+        run(MEAN_STEP, {"x": jnp.ones(2), "name": "text"}),
+        r"batch\[0\]\['name'\] is the str 'text', but a batch has only arrays and numbers",
+    ),
+    (
+        "a batch without the first axis",
+        run(mean, jnp.ones(3), {"y": jnp.ones((2, 3))}, steps_per_call=3),
+        r"batch\[1\]\['y'\] has shape \(2, 3\), but with `steps_per_call=3` the first axis",
+    ),
+    (
+        "a number in a stacked batch",
+        run(mean, 1.0, steps_per_call=3),
+        r"batch\[0\] has shape \(\), but with `steps_per_call=3`",
+    ),
+    (
+        "packing the state of another model",
+        packed(init(OPTIM, SWAPPED)),
+        r"state.m1.layers\[0\].weight is a float32 array of shape \(5, 3\), but for this model and "
+        r"optimizer it is a float32 array of shape \(4, 3\)",
+    ),
+    (
+        "packing the state of a deeper model",
+        packed(init(OPTIM, DEEPER)),
+        r"state.m1.layers is a tuple of length 4, but for this model and optimizer it is a tuple of length 3",
+    ),
+    (
+        "packing the state of another optimizer",
+        packed(ADAM_STATE),
+        r"state is a tuple of length 2, but for this model and optimizer it is an `AdEMAMixState`",
+    ),
+    (
+        "packing one state of two",
+        packed(STATE, grad_transform=optax.clip_by_global_norm(1.0)),
+        r"state is an `AdEMAMixState`, but .* it is a tuple of length 2.* With `grad_transform`, `state` is the pair",
+    ),
+    (
+        "packing an encoded state",
+        packed(init(AdEMAMix(1e-3, b1=0.0), MODEL)),
+        r"state.m1.layers\[0\].weight is None, but for this model and optimizer it is a float32 array",
+    ),
+    (
+        "nothing to train in a step",
+        lambda: make_step(mean, OPTIM).init({"n": 1}),
+        "`params` has 1 leaves, but none of them is a floating-point",
     ),
 )
 

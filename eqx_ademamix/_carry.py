@@ -1,0 +1,296 @@
+"""A model and its optimizer state as a flat tuple of arrays."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, PyTree
+
+from ._numerics import DType
+from ._paths import (
+    Node,
+    PyTreeDef,
+    align,
+    contrast,
+    describe,
+    flatten,
+    path_text,
+    with_article,
+)
+
+
+NAMES = ("model", "state", "model_state")
+# A number that enters and leaves a compiled call without an array: JAX takes `None` for
+# a node without leaves, so `n` of them are a part of the structure of the arguments.
+Structure: TypeAlias = tuple[None, ...]
+
+#
+# What is known of the arrays without their values
+#
+
+
+@dataclasses.dataclass(frozen=True)
+class Type:
+    """The type of an array."""
+
+    shape: tuple[int, ...]
+    dtype: DType | Any  # a PRNG key has a dtype of its own kind
+    weak_type: bool
+
+    def is_like(self, other: "Type") -> bool:
+        return (self.shape, self.dtype) == (other.shape, other.dtype)
+
+    def __str__(self) -> str:
+        kind = f"weakly typed {self.dtype.name}" if self.weak_type else self.dtype.name
+        return f"{with_article(kind)} array of shape {self.shape}"
+
+
+def type_of(x: Any) -> Type:
+    return Type(x.shape, x.dtype, getattr(x, "weak_type", False))
+
+
+def is_array(x: Node) -> bool:
+    return isinstance(x, (jax.Array, np.ndarray, np.generic))
+
+
+class Placement(NamedTuple):
+    """Where an array of a carry is stored."""
+
+    is_packed: bool  # in a buffer, together with others
+    sharding: NamedSharding | None  # which a step has to keep
+
+
+def placement_of(x: Array, pack_below: int) -> Placement:
+    is_on_mesh = is_concrete(x) and isinstance(x.sharding, NamedSharding)
+    sharding: Any = x.sharding if is_on_mesh else None
+    # On a mesh with explicit axes, the types of arrays say how they are sharded.
+    is_explicit = is_on_mesh and "Explicit" in str(
+        getattr(sharding.mesh, "axis_types", "")
+    )
+    return Placement(_is_small(x, pack_below), None if is_explicit else sharding)
+
+
+def as_placed(arrays: Sequence[Array], placements: Sequence[Placement]) -> list[Array]:
+    """Arrays that a step has computed, sharded as they were before. Otherwise the
+    compiler would choose, and the second call could compile again."""
+    pairs = zip(arrays, [x.sharding for x in placements], strict=True)
+    constrain = lax.with_sharding_constraint
+    return [x if sharding is None else constrain(x, sharding) for x, sharding in pairs]
+
+
+def strongly_typed(x: Node) -> Node:
+    return x.astype(x.dtype) if is_array(x) and type_of(x).weak_type else x
+
+
+class Layout:
+    """Where the arrays of a carry belong: the model and state without their arrays.
+
+    A carry holds its layout as a static field. Layouts are compared by identity, which
+    costs nothing, so a step keeps one layout for all carries that are alike.
+    """
+
+    def __init__(
+        self,
+        owner: object,
+        index: int,
+        treedef: PyTreeDef,
+        statics: Sequence[Node],
+        types: Sequence[Type],
+        placements: Sequence[Placement],
+    ):
+        self.owner = owner
+        self.as_structure: Structure = (None,) * index
+        self.treedef = treedef
+        self.statics = statics  # the leaves, with `ARRAY` in place of the arrays
+        self.types = types
+        self.placements = placements
+        self.groups = _groups(types, placements)
+        packed = {i for group in self.groups for i in group}
+        self.rest = [i for i in range(len(types)) if i not in packed]
+
+    def is_like(self, other: "Layout") -> bool:
+        pairs = zip(self.statics, other.statics, strict=False)
+        return (
+            self.treedef == other.treedef
+            and self.types == other.types
+            and self.placements == other.placements
+            and all(_is_same(a, b) for a, b in pairs)
+        )
+
+    @property
+    def stored_types(self) -> list[Type]:
+        """The types of what a carry holds: first the buffers, then the other arrays."""
+        buffers = [
+            Type((sum(map(self._size, group)),), self.types[group[0]].dtype, False)
+            for group in self.groups
+        ]
+        return buffers + [self.types[i] for i in self.rest]
+
+    def _size(self, i: int) -> int:
+        return int(np.prod(self.types[i].shape))
+
+    def stored(self, leaves: Sequence[Array]) -> tuple[Array, ...]:
+        """What a carry holds, from the arrays in the order of the tree."""
+        buffers = [
+            jnp.concatenate([leaves[i].ravel() for i in group]) for group in self.groups
+        ]
+        return (*buffers, *(leaves[i] for i in self.rest))
+
+    def leaves(self, stored: Sequence[Array]) -> list[Array]:
+        """The arrays in the order of the tree, from what a carry holds."""
+        self._check(stored)
+        found = dict(zip(self.rest, stored[len(self.groups) :], strict=True))
+        for group, buffer in zip(self.groups, stored, strict=False):
+            start = 0
+            for i in group:
+                part = lax.slice_in_dim(buffer, start, start + self._size(i))
+                found[i] = part.reshape(self.types[i].shape)
+                start += self._size(i)
+        return [found[i] for i in range(len(self.types))]
+
+    def tree(self, leaves: Sequence[Any]) -> PyTree:
+        """The model and state with these arrays."""
+        arrays = iter(leaves)
+        values = [next(arrays) if x is ARRAY else x for x in self.statics]
+        return self.treedef.unflatten(values)
+
+    def _check(self, stored: Sequence[Array]) -> None:
+        for i, (x, expected) in enumerate(zip(stored, self.stored_types, strict=True)):
+            if type_of(x) != expected:
+                raise ValueError(
+                    f"carry.arrays[{i}] is {type_of(x)}, but it was {expected}. Change "
+                    "the model and the state instead, and call `step.pack(model, "
+                    "state)`. A batched carry needs `eqx.filter_vmap`."
+                )
+
+
+class _Slot:
+    """Marks the place of an array among the leaves that are not arrays."""
+
+
+ARRAY = _Slot()
+
+
+def statics_of(leaves: Sequence[Node]) -> list[Node]:
+    return [ARRAY if is_array(x) else x for x in leaves]
+
+
+def _is_same(a: Node, b: Node) -> bool:
+    return a is b or (type(a) is type(b) and bool(a == b))
+
+
+def _groups(types: Sequence[Type], placements: Sequence[Placement]) -> list[list[int]]:
+    """The arrays that share a buffer, by dtype."""
+    by_dtype: dict[Any, list[int]] = {}
+    for i, (kind, placement) in enumerate(zip(types, placements, strict=True)):
+        if placement.is_packed:
+            by_dtype.setdefault(kind.dtype, []).append(i)
+    return [group for group in by_dtype.values() if len(group) > 1]
+
+
+def _is_small(x: Array, pack_below: int) -> bool:
+    """Whether an array may share a buffer with others of its dtype. Not if that would
+    lose something: a weak type, a PRNG key, or a sharding."""
+    is_key = jnp.issubdtype(x.dtype, jax.dtypes.extended)
+    if is_key or type_of(x).weak_type or x.size >= pack_below:
+        return False
+    return isinstance(x, Tracer) or x.sharding.is_fully_replicated
+
+
+def check_stable(before: Layout, after: Layout, *, types_too: bool) -> None:
+    """Checks that a step keeps the structure of a carry. A single step may change a
+    dtype, as some optimizers of optax do. A loop may not."""
+    if after is before:
+        return
+    like = flatten(before.tree(before.types))
+    values, departures = align(after.tree(after.types), like)
+    changes = [(path, *contrast(x, was)) for path, x, was, _ in departures]
+    for path, x, was in zip(like.paths, values, like.values, strict=True):
+        if not _is_stable(x, was, types_too):
+            changes.append((path, described(x), described(was)))
+    for path, found, was in changes[:1]:
+        raise ValueError(
+            f"{NAMES[path[0].idx]}{path_text(path[1:])} is {found} after a step, but "
+            f"it was {was} before it. A step keeps the structure of the model and of "
+            "the state, and at `steps_per_call` > 1 also every dtype and shape."
+        )
+
+
+def _is_stable(x: Node, was: Node, types_too: bool) -> bool:
+    if isinstance(x, Type) and isinstance(was, Type):
+        return not types_too or x.is_like(was)
+    return _is_same(x, was)
+
+
+def described(x: Node) -> str:
+    if isinstance(x, jax.ShapeDtypeStruct):
+        x = type_of(x)
+    return str(x) if isinstance(x, Type) else describe(x)
+
+
+#
+# The carry
+#
+
+
+class TrainCarry(eqx.Module):
+    """What a step from [`eqx_ademamix.make_step`][] carries from call to call: the
+    model, the optimizer state, and the `model_state`, as arrays without structure.
+    `step.unpack(carry)` gives it back.
+
+    **Attributes:**
+
+    - `arrays`: the arrays. With `pack_below`, first one buffer for each dtype.
+    - `layout`: where they belong.
+    """
+
+    arrays: tuple[Array, ...]
+    layout: Layout = eqx.field(static=True)
+
+
+def carry_of(arrays: tuple[Array, ...], layout: Layout) -> TrainCarry:
+    """A carry, made as Equinox does when it unflattens a module: 15 us faster than by
+    its constructor."""
+    carry = object.__new__(TrainCarry)
+    object.__setattr__(carry, "arrays", arrays)
+    object.__setattr__(carry, "layout", layout)
+    return carry
+
+
+#
+# Copies
+#
+
+
+def copies_of(arrays: Sequence[Any]) -> list[Array]:
+    """Copies, so that nothing of the user's is donated, and no array twice.
+
+    Beside arrays on a mesh of devices, the others (the counters) are put on all of its
+    devices. Otherwise the first call would put them there, and the second one would
+    find arrays of another kind and compile again.
+    """
+    shardings: list[Any] = [x.sharding for x in arrays if is_concrete(x)]
+    meshes = [x.mesh for x in shardings if isinstance(x, NamedSharding)]
+    everywhere = NamedSharding(meshes[0], PartitionSpec()) if meshes else None
+    return [_copy(_placed(x, everywhere)) for x in arrays]
+
+
+def is_concrete(x: object) -> bool:
+    return isinstance(x, jax.Array) and not isinstance(x, Tracer)
+
+
+def _placed(x: Any, everywhere: NamedSharding | None) -> Any:
+    if everywhere is None or isinstance(x, Tracer):
+        return x
+    is_on_mesh = is_concrete(x) and isinstance(x.sharding, NamedSharding)
+    return x if is_on_mesh else jax.device_put(x, everywhere)
+
+
+_copy = jax.jit(jnp.copy)
