@@ -120,21 +120,18 @@ def flat(side: Side, net: Net, scale: jax.Array) -> Loop:
 
 
 def made(net: Net, scale: jax.Array) -> dict[str, Run]:
-    # Until `make_step` is merged. Then call `eqx_ademamix.make_step` below.
-    make_step: Any = getattr(eqx_ademamix, "make_step", None)
-    if make_step is None:
-        return {}
-    optim = eqx_ademamix.AdEMAMix(1e-3, b3=0.9999, alpha=5.0, weight_decay=0.1)
-    one = make_step(loss_fn, optim)
-    eight = make_step(loss_fn, optim, steps_per_call=STEPS_PER_CALL)
     scales = jnp.full(STEPS_PER_CALL, scale)
     return {
-        cases.MAKE_STEP: Loop(
-            lambda carry: one(carry[0], scale), (one.init(net), None)
-        ),
-        cases.EIGHT: Loop(
-            lambda carry: eight(carry[0], scales),
-            (eight.init(net), None),
-            every=STEPS_PER_CALL,
-        ),
+        cases.MAKE_STEP: with_make_step(net, scale),
+        cases.EIGHT: with_make_step(net, scales, steps_per_call=STEPS_PER_CALL),
     }
+
+
+def with_make_step(net: Net, batch: jax.Array, **options: Any) -> Loop:
+    optim = eqx_ademamix.AdEMAMix(1e-3, b3=0.9999, alpha=5.0, weight_decay=0.1)
+    step = eqx_ademamix.make_step(loss_fn, optim, **options)
+    return Loop(
+        lambda carry: step(carry[0], batch),
+        (step.init(net), None),
+        every=options.get("steps_per_call", 1),
+    )
