@@ -11,7 +11,7 @@ CALLS = 64  # in a measurement; the host runs ahead of the device meanwhile
 
 
 def bench_host(case: HostCase, in_turn: Any) -> None:
-    runs = runs_of(case.leaves)
+    runs = runs_of(case.leaves, case.sides)
     for run in runs.values():
         for _ in range(3):
             run()

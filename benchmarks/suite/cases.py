@@ -35,6 +35,9 @@ AS_ARGUMENT = "AdEMAMix, float32, as an argument"
 FLAT = "bound: jax.jit of flat tuples"
 MAKE_STEP = "make_step"
 EIGHT = "make_step, 8 steps per call"
+PACKED = "make_step, packed"
+PACKED_EIGHT = "make_step, packed, 8 steps per call"
+LOOPS = (BASELINE, FLOAT32, AS_ARGUMENT, FLAT, MAKE_STEP, EIGHT, PACKED, PACKED_EIGHT)
 
 
 class StepCase(NamedTuple):
@@ -57,6 +60,7 @@ class HostCase(NamedTuple):
     """A whole training step of a model with small leaves."""
 
     leaves: int
+    sides: tuple[str, ...] = LOOPS
 
 
 class EagerCase(NamedTuple):
@@ -94,7 +98,11 @@ FULL = Plan(
         StepCase(10**4, 512, MAIN),
         StepCase(10**6, 512, MAIN),
     ),
-    host=(HostCase(4), HostCase(48), HostCase(200)),
+    host=(
+        HostCase(4),
+        HostCase(48),
+        HostCase(200, LOOPS[:-1]),
+    ),  # packing 200 leaves compiles for 40 s
     compile=(
         CompileCase(16, 5),
         CompileCase(64, 3),

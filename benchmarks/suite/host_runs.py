@@ -1,6 +1,6 @@
 """Training loops around a small model: written by hand, and made by `make_step`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -15,6 +15,7 @@ from .sides import SIDES, Side
 
 
 STEPS_PER_CALL = 8
+PACK_BELOW = 100  # above the 64 entries of the largest leaf: all are packed
 
 
 class Net(eqx.Module):
@@ -42,9 +43,16 @@ def copy(tree: Any) -> Any:
 class Loop:
     """A training loop. `step` takes a carry and returns the next one."""
 
-    def __init__(self, step: Callable[[Any], Any], carry: Any, every: int = 1):
+    def __init__(
+        self,
+        step: Callable[[Any], Any],
+        carry: Any,
+        every: int = 1,
+        unpack: Callable[[Any], Any] = lambda carry: carry,
+    ):
         self.facts: dict[str, float] = {}
         self._step, self._carry, self._every = step, carry, every
+        self._unpack = unpack
         self._count = 0
 
     def __call__(self) -> None:
@@ -54,24 +62,30 @@ class Loop:
         self._count += 1
 
     def arrays(self) -> list[jax.Array]:
-        """The arrays of the carry, those of the model first."""
-        leaves = jax.tree.leaves(self._carry)
+        """The arrays of the model and the state, those of the model first."""
+        leaves = jax.tree.leaves(self._unpack(self._carry))
         return [x for x in leaves if eqx.is_array(x)]
 
     def wait(self) -> None:
-        jax.block_until_ready(self.arrays())
+        jax.block_until_ready(jax.tree.leaves(self._carry))
 
 
-def runs_of(leaves: int) -> dict[str, Run]:
+def runs_of(leaves: int, names: Sequence[str] = cases.LOOPS) -> dict[str, Run]:
     net, scale = make_net(leaves), jnp.float32(0.5)
     optax_side, our_side = SIDES[cases.BASELINE](), SIDES[cases.FLOAT32]()
-    return {
-        cases.BASELINE: by_hand(optax_side, net, scale),
-        cases.FLOAT32: by_hand(our_side, net, scale),
-        cases.AS_ARGUMENT: by_hand_with_argument(net, scale),
-        cases.FLAT: flat(our_side, net, scale),
-        **made(net, scale),
+    several = {"steps_per_call": STEPS_PER_CALL}
+    packed = {"pack_below": PACK_BELOW}
+    makers: dict[str, Callable[[], Run]] = {
+        cases.BASELINE: lambda: by_hand(optax_side, net, scale),
+        cases.FLOAT32: lambda: by_hand(our_side, net, scale),
+        cases.AS_ARGUMENT: lambda: by_hand_with_argument(net, scale),
+        cases.FLAT: lambda: flat(our_side, net, scale),
+        cases.MAKE_STEP: lambda: made(net, scale),
+        cases.EIGHT: lambda: made(net, scale, **several),
+        cases.PACKED: lambda: made(net, scale, **packed),
+        cases.PACKED_EIGHT: lambda: made(net, scale, **packed, **several),
     }
+    return {name: makers[name]() for name in names}
 
 
 def by_hand(side: Side, net: Net, scale: jax.Array) -> Loop:
@@ -119,19 +133,15 @@ def flat(side: Side, net: Net, scale: jax.Array) -> Loop:
     return Loop(lambda carry: jitted(scale, carry[0]), (tuple(carry), None))
 
 
-def made(net: Net, scale: jax.Array) -> dict[str, Run]:
-    scales = jnp.full(STEPS_PER_CALL, scale)
-    return {
-        cases.MAKE_STEP: with_make_step(net, scale),
-        cases.EIGHT: with_make_step(net, scales, steps_per_call=STEPS_PER_CALL),
-    }
-
-
-def with_make_step(net: Net, batch: jax.Array, **options: Any) -> Loop:
+def made(net: Net, scale: jax.Array, **options: Any) -> Loop:
+    """The loop with `make_step`."""
     optim = eqx_ademamix.AdEMAMix(1e-3, b3=0.9999, alpha=5.0, weight_decay=0.1)
     step = eqx_ademamix.make_step(loss_fn, optim, **options)
+    steps = options.get("steps_per_call", 1)
+    batch = scale if steps == 1 else jnp.full(steps, scale)
     return Loop(
         lambda carry: step(carry[0], batch),
         (step.init(net), None),
-        every=options.get("steps_per_call", 1),
+        every=steps,
+        unpack=lambda carry: step.unpack(carry[0]),
     )

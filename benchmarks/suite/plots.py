@@ -34,6 +34,8 @@ STYLES: dict[str, dict[str, Any]] = {
     cases.FLAT: dict(color="tab:green", marker="_", ls=":"),
     cases.MAKE_STEP: dict(color="tab:red", marker="D"),
     cases.EIGHT: dict(color="tab:purple", marker="v"),
+    cases.PACKED: dict(color="tab:pink", marker="P"),
+    cases.PACKED_EIGHT: dict(color="tab:olive", marker="^"),
 }
 # Ticks for axes of ratios and of times, by the largest range that they suit.
 RATIOS: dict[float, tuple[float, ...]] = {
