@@ -311,20 +311,18 @@ class TrainStep:
             out = loss_fn(model, *treedef.unflatten(leaves), *batch)
             return _parted(out, bool(rest), self._has_aux)
 
-        (loss, (rest, aux)), grads = eqx.filter_value_and_grad(evaluate, has_aux=True)(
-            model
-        )
+        grad_fn = eqx.filter_value_and_grad(evaluate, has_aux=True)
+        (loss, (rest, aux)), grads = grad_fn(model)
         extra_args = {
             "value": loss,
             "grad": grads,
             "value_fn": jtu.Partial(lambda p: evaluate(eqx.combine(p, model))[0]),
         }
-        rest_of_args = model, extra_args
         if transform is None:
-            updates, state = _updated(optim, grads, state, *rest_of_args)
+            updates, state = _updated(optim, grads, state, model, extra_args)
         else:
-            grads, first = _updated(transform, grads, state[0], *rest_of_args)
-            updates, second = _updated(optim, grads, state[1], *rest_of_args)
+            grads, first = _updated(transform, grads, state[0], model, extra_args)
+            updates, second = _updated(optim, grads, state[1], model, extra_args)
             state = first, second
         out = (loss, aux) if self._has_aux else loss
         return (eqx.apply_updates(model, updates), state, *rest), out

@@ -355,6 +355,32 @@ def test_without_donation_a_carry_lives_on():
     assert_same(step.unpack(first[0]), step.unpack(second[0]))
 
 
+def test_what_a_step_puts_into_a_carry_is_not_donated():
+    """A batch and an array of the optimizer that a step puts into the carry, and an
+    array of the carry that it returns, are copies: the next call donates none of them.
+    """
+
+    class Remembering(eqx.Module):
+        rate: jax.Array
+
+        def init(self, params: Any) -> Any:
+            return jnp.zeros(())
+
+        def update(self, grads: Any, state: Any, params: Any = None) -> Any:
+            return -state * grads, self.rate
+
+    def loss_fn(model: Any, last: Any, x: Any) -> Any:
+        return jnp.sum(model * last * x), (x, last)
+
+    rate, x = jnp.asarray(0.1), jnp.ones(3)
+    step = make_step(loss_fn, Remembering(rate), has_aux=True)
+    carry, kept = step.init(x, model_state=x), [rate, x]
+    for _ in range(3):
+        carry, (_, last) = step(carry, x)
+        kept.append(last)
+    assert not any(x.is_deleted() for x in kept)
+
+
 def test_a_carry_is_a_module():
     step = make_step(mean_loss, optax.adam(1e-2))
     carry = step.init(MODEL)
@@ -412,6 +438,15 @@ def test_a_batch_of_carries():
     np.testing.assert_allclose(losses[1], loss, 1e-6)
     weight = step.unpack(alone)[0].weight
     np.testing.assert_allclose(trained.weight[1], weight, 1e-6)
+
+
+def test_one_carry_and_a_batch_of_batches():
+    """Nothing is donated, so JAX does not warn that it cannot use the arrays."""
+    step = make_step(mean_loss, optax.sgd(1e-2), donate=False)
+    carry = step.init(MODEL)
+    _, losses = eqx.filter_vmap(step, in_axes=(None, 0))(carry, X)
+    expected = [step(carry, x)[1] for x in X]
+    np.testing.assert_allclose(losses, jnp.stack(expected), 1e-6)
 
 
 @pytest.mark.parametrize("pack_below", (0, 20))
