@@ -119,7 +119,11 @@ FULL = Plan(
         CompileCase(512, 2, without(COMPILED, SLOW_TO_COMPILE)),
         CompileCase(2000, 1, without(COMPILED, SLOW_TO_COMPILE)),
     ),
-    eager=(EagerCase(64), EagerCase(512, (BASELINE, FLOAT32))),
+    eager=(
+        EagerCase(64),
+        EagerCase(512, (BASELINE, FLOAT32)),
+        EagerCase(2000, (BASELINE, FLOAT32)),
+    ),
     seconds=5.0,
     least_rounds=5,
     most_rounds=25,
