@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
 import equinox as eqx
 import jax
@@ -13,7 +13,7 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
-from ._numerics import DType
+from ._numerics import AnyArray, DType
 from ._paths import (
     Node,
     PyTreeDef,
@@ -24,6 +24,7 @@ from ._paths import (
     path_text,
     with_article,
 )
+from ._storage.codec import is_explicit
 
 
 NAMES = ("model", "state", "model_state")
@@ -52,7 +53,7 @@ class Type:
         return f"{with_article(kind)} array of shape {self.shape}"
 
 
-def type_of(x: Any) -> Type:
+def type_of(x: AnyArray | jax.ShapeDtypeStruct) -> Type:
     return Type(x.shape, x.dtype, getattr(x, "weak_type", False))
 
 
@@ -68,13 +69,11 @@ class Placement(NamedTuple):
 
 
 def placement_of(x: Array, pack_below: int) -> Placement:
-    is_on_mesh = is_concrete(x) and isinstance(x.sharding, NamedSharding)
-    sharding: Any = x.sharding if is_on_mesh else None
+    sharding = x.sharding if is_concrete(x) else None
     # On a mesh with explicit axes, the types of arrays say how they are sharded.
-    is_explicit = is_on_mesh and "Explicit" in str(
-        getattr(sharding.mesh, "axis_types", "")
-    )
-    return Placement(_is_small(x, pack_below), None if is_explicit else sharding)
+    if not isinstance(sharding, NamedSharding) or is_explicit(sharding):
+        sharding = None
+    return Placement(_is_small(x, pack_below), sharding)
 
 
 def as_placed(arrays: Sequence[Array], placements: Sequence[Placement]) -> list[Array]:
@@ -269,7 +268,7 @@ def carry_of(arrays: tuple[Array, ...], layout: Layout) -> TrainCarry:
 #
 
 
-def copies_of(arrays: Sequence[Any]) -> list[Array]:
+def copies_of(arrays: Sequence[AnyArray]) -> list[Array]:
     """Copies, so that nothing of the user's is donated, and no array twice.
 
     Beside arrays on a mesh of devices, the others (the counters) are put on all of its
@@ -282,11 +281,11 @@ def copies_of(arrays: Sequence[Any]) -> list[Array]:
     return [_copy(_placed(x, everywhere)) for x in arrays]
 
 
-def is_concrete(x: object) -> bool:
+def is_concrete(x: object) -> TypeGuard[Array]:
     return isinstance(x, jax.Array) and not isinstance(x, Tracer)
 
 
-def _placed(x: Any, everywhere: NamedSharding | None) -> Any:
+def _placed(x: AnyArray, everywhere: NamedSharding | None) -> AnyArray:
     if everywhere is None or isinstance(x, Tracer):
         return x
     is_on_mesh = is_concrete(x) and isinstance(x.sharding, NamedSharding)

@@ -4,8 +4,8 @@ import dataclasses
 import math
 import re
 import typing
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import equinox as eqx
 import jax
@@ -123,10 +123,11 @@ def decay_mask(
     return jtu.tree_map_with_path(lambda path, _: flags.get(path, False), model)
 
 
-def _patterns(name: str, patterns: Any) -> tuple[re.Pattern[str], ...]:
+def _patterns(name: str, patterns: object) -> tuple[re.Pattern[str], ...]:
     is_one = isinstance(patterns, str | re.Pattern)
+    several = (patterns,) if is_one else cast("Iterable[Any]", patterns)
     try:
-        return tuple(re.compile(x) for x in ((patterns,) if is_one else patterns))
+        return tuple(re.compile(x) for x in several)
     except (TypeError, re.error) as error:
         raise ValueError(
             f"`{name}` is {patterns!r}, but a regular expression or a sequence of them "
@@ -252,12 +253,13 @@ def _declared_ranks(node: Node) -> dict[str, int]:
     return {name: rank for name, rank in ranks.items() if rank is not None}
 
 
-def _declared_rank(annotation: Any) -> int | None:
+def _declared_rank(annotation: object) -> int | None:
     """The rank that an annotation such as `Float[Array, "dim"] | None` declares."""
     hints = (annotation, *typing.get_args(annotation))
-    dims = [hint.dim_str for hint in hints if hasattr(hint, "dim_str")]
-    is_open = any("*" in text or "..." in text for text in dims)
-    ranks = {len(text.split()) for text in dims}
+    dims = [getattr(hint, "dim_str", None) for hint in hints]
+    texts = [text for text in dims if text is not None]
+    is_open = any("*" in text or "..." in text for text in texts)
+    ranks = {len(text.split()) for text in texts}
     return ranks.pop() if len(ranks) == 1 and not is_open else None
 
 

@@ -1,7 +1,7 @@
 """Filter specs, and the leaves that they select."""
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import equinox as eqx
 import jax
@@ -11,7 +11,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
-from ._numerics import clip_magnitude
+from ._numerics import DType, clip_magnitude
 from ._paths import (
     Departure,
     Leaves,
@@ -56,8 +56,8 @@ def as_bools(spec: FilterSpec, arrays: Leaves, name: str) -> list[bool]:
 def by_leaf(spec: PyTree, arrays: Leaves, name: str, kind: str) -> list[Node]:
     """What a prefix tree has for each leaf of a tree of arrays and `None`.
 
-    Where there are no arrays, a prefix tree may be anything. So it may be shaped like
-    the whole model or like the filtered one.
+    A prefix tree may have anything at places without arrays, so it can be shaped either
+    like the whole model or like the filtered model.
     """
     if is_leaf(spec):
         return [spec] * len(arrays.values)
@@ -199,7 +199,7 @@ def as_gradient(x: Node) -> Node:
 def _in_range(x: np.ndarray | np.generic) -> np.ndarray | np.generic:
     """A NumPy gradient in the range of the widest float that is enabled: a finite
     number stays finite when it is converted."""
-    dtype: Any = x.dtype
+    dtype: DType = x.dtype
     widest = jnp.finfo(jnp.result_type(float))
     if dtype.kind not in "fc" or np.finfo(dtype).bits <= widest.bits:
         return x

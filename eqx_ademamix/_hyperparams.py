@@ -214,7 +214,7 @@ class AbstractHyperparams(eqx.Module):
         return f"{type(self).__name__}({', '.join(parts)})"
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     if not _is_readable(value):
         return eqx.tree_pformat(value)
     # As a NumPy scalar, a float32 0.1 is `0.1`, not `0.10000000149011612`.

@@ -349,7 +349,7 @@ def _kinds(node: Node) -> list[str]:
 #
 
 
-def unwrapped(optim: Any) -> Any:
+def unwrapped(optim: object) -> object:
     """The optimizer inside of our own wrappers, such as `Compensated`."""
     is_wrapper = isinstance(optim, AbstractOptimizer) and not isinstance(
         optim, AbstractMomentOptimizer
@@ -414,7 +414,7 @@ def _as_injected(
     return optim
 
 
-def _used(name: str, own: Any, injected: Any, schedule: Any) -> Any:
+def _used(name: str, own: object, injected: object, schedule: object) -> object:
     """What the next step will use: the optimizer's own value or the injected one."""
     if not callable(own):
         return injected

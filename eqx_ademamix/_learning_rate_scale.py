@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -111,10 +111,10 @@ def path_scales(model: PyTree, rules: Rules) -> Scales:
     return jtu.tree_map_with_path(lambda path, _: scales.get(path), model)
 
 
-def _pairs(rules: Any) -> list[tuple[Any, Any]]:
+def _pairs(rules: object) -> list[tuple[Any, Any]]:
     try:
         pairs = rules.items() if isinstance(rules, Mapping) else rules
-        return [(key, scale) for key, scale in pairs]
+        return [(key, scale) for key, scale in cast("Iterable[Any]", pairs)]
     except (TypeError, ValueError) as error:
         raise TypeError(
             f"`rules` is {describe(rules)}, but a mapping from regular expressions or "

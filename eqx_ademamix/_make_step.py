@@ -56,8 +56,8 @@ class _Functions(NamedTuple):
     """What the user gives: the loss, the optimizer, and the transformation."""
 
     loss_fn: Callable[..., Any]
-    optim: Any
-    grad_transform: Any
+    optim: AbstractOptimizer[Any] | OptaxOptimizer
+    grad_transform: OptaxOptimizer | None
 
 
 class TrainStep:
@@ -359,7 +359,11 @@ class TrainStep:
 
 
 def _updated(
-    optim: Any, grads: PyTree, state: PyTree, model: PyTree, extra_args: dict[str, Any]
+    optim: AbstractOptimizer[Any] | OptaxOptimizer,
+    grads: PyTree,
+    state: PyTree,
+    model: PyTree,
+    extra_args: dict[str, Any],
 ) -> tuple[PyTree, PyTree]:
     """`update`, with those extra arguments that the optimizer can be called with."""
     if not isinstance(optim, (AbstractOptimizer, optax.GradientTransformation)):
@@ -603,9 +607,9 @@ def _check_transform(transform: object) -> None:
         )
 
 
-def _checked_int(name: str, value: Any, least: int) -> int:
-    is_int = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    if not is_int or value < least:
+def _checked_int(name: str, value: object, least: int) -> int:
+    is_int = isinstance(value, int | np.integer)
+    if not is_int or isinstance(value, bool) or value < least:
         raise ValueError(
             f"`{name}` is {describe(value)}, but an integer >= {least} was expected."
         )

@@ -7,6 +7,7 @@ precision: of 0.9999, float32 keeps only four significant digits of it.
 import math
 import zlib
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -20,6 +21,8 @@ DType: TypeAlias = np.dtype[Any]
 # Anything that names a dtype: "float32", np.dtype("float32"), jnp.float32. (JAX's own
 # alias contains a protocol that beartype cannot check.)
 DTypeLike: TypeAlias = str | DType | type[Any]
+# An array of JAX or of NumPy.
+AnyArray: TypeAlias = Array | np.ndarray | np.generic
 
 
 #
@@ -133,7 +136,7 @@ def largest_gradient(*kept: DType) -> float:
     return 0.75 * math.sqrt(float(jnp.finfo(narrowest).max))
 
 
-def clip_magnitude(x: Any, bound: float, xp: Any = jnp) -> Any:
+def clip_magnitude(x: Any, bound: float, xp: ModuleType = jnp) -> Any:
     """A real or complex array with its magnitudes clipped to a bound. Infinities and
     NaNs pass unchanged. `xp` is the module of the array, NumPy or `jax.numpy`."""
     if not xp.iscomplexobj(x):

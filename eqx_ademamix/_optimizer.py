@@ -118,7 +118,7 @@ def update(
     grads: PyTree,
     state: State,
     params: PyTree | None = None,
-    **extra_args: Any,
+    **extra_args: object,
 ) -> tuple[PyTree, State]: ...
 @overload
 def update(
@@ -126,7 +126,7 @@ def update(
     grads: PyTree,
     state: Any,
     params: PyTree | None = None,
-    **extra_args: Any,
+    **extra_args: object,
 ) -> tuple[PyTree, Any]: ...
 @no_type_check
 def update(
@@ -134,7 +134,7 @@ def update(
     grads: PyTree,
     state: Any,
     params: PyTree | None = None,
-    **extra_args: Any,
+    **extra_args: object,
 ) -> tuple[PyTree, Any]:
     """Takes one step.
 

@@ -1,6 +1,10 @@
 """Settings for all tests: eight devices and strict promotion."""
 
+import importlib
 import os
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 
 
 # Must be set before JAX is imported, because JAX reads it then.
@@ -19,6 +23,13 @@ def standard_promotion():
     """For tests that run optax code, which adds integers and floats."""
     with jax.numpy_dtype_promotion("standard"):
         yield
+
+
+@pytest.fixture
+def module(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """Imports a benchmark. The files in that folder import each other by name."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    return importlib.import_module
 
 
 @pytest.fixture

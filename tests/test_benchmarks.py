@@ -1,9 +1,7 @@
 """The benchmark suite: what it counts, what it writes, and that its sides agree."""
 
-import importlib
 import json
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -17,17 +15,6 @@ from .helpers import reference_init, reference_step
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 pytestmark = pytest.mark.usefixtures("standard_promotion")
-
-
-@pytest.fixture
-def module(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Imports a benchmark script, or a module of the suite."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-
-    def load(name: str) -> ModuleType:
-        return importlib.import_module(name)
-
-    return load
 
 
 #

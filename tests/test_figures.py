@@ -1,6 +1,5 @@
 """The numbers behind the figures in the docs, and the comparison with AdamW."""
 
-import importlib
 import math
 from pathlib import Path
 from types import ModuleType
@@ -14,17 +13,6 @@ from .helpers import reference_init, reference_step, x64
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-
-
-@pytest.fixture
-def module(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Imports a benchmark script. The scripts import each other by name."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-
-    def load(name: str) -> ModuleType:
-        return importlib.import_module(name)
-
-    return load
 
 
 @pytest.fixture

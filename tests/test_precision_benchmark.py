@@ -1,28 +1,18 @@
 """The parts of `benchmarks/precision.py` that are not in the package."""
 
-import importlib
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from .helpers import x64
 
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-
-
-def benchmark(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module(name)
-
-
-def test_the_dynamic_map(monkeypatch):
+def test_the_dynamic_map(module: Any):
     """Matches the paper that defines the map: 256 numbers, most dense near zero."""
-    numbers = benchmark("_storage", monkeypatch).dynamic_map()
+    numbers = module("_storage").dynamic_map()
     assert len(numbers) == len(set(numbers)) == 256
     assert numbers.max() == 1.0 and 0.0 in numbers
     positive = numbers[numbers > 0]
@@ -32,8 +22,8 @@ def test_the_dynamic_map(monkeypatch):
     assert np.array_equal(numbers[:127], -positive[:-1][::-1])
 
 
-def test_other_formats_are_what_they_are_called(monkeypatch):
-    storages = {s.name: s for s in benchmark("_storage", monkeypatch).STORAGES}
+def test_other_formats_are_what_they_are_called(module: Any):
+    storages = {s.name: s for s in module("_storage").STORAGES}
     x = jnp.asarray(np.random.default_rng(0).normal(size=512), jnp.float32)
     for name, bound in (
         ("float32", 0.0),
@@ -52,8 +42,8 @@ def test_other_formats_are_what_they_are_called(monkeypatch):
         assert np.max(np.abs(y - x)) <= 1.01 * bound * np.max(np.abs(x))
 
 
-def test_the_protocol(monkeypatch):
-    precision = benchmark("precision", monkeypatch)
+def test_the_protocol(module: Any):
+    precision = module("precision")
     storages = {s.name: s for s in precision.STORAGES}
     with x64():
         exact = precision.measure(storages["float32"], 800, 0)
@@ -64,17 +54,17 @@ def test_the_protocol(monkeypatch):
     assert len(exact.errors) == precision.NUM_POINTS
 
 
-def test_a_spike_is_seen(monkeypatch):
-    training = benchmark("_precision_training", monkeypatch)
+def test_a_spike_is_seen(module: Any):
+    training = module("_precision_training")
     losses = np.linspace(2, 1, 200)
     assert training.largest_rise(losses) == 0.0
     losses[100:140] += 0.5
     assert 0.3 < training.largest_rise(losses) < 0.5
 
 
-def test_the_page_says_what_the_trainings_found(monkeypatch):
-    training = benchmark("_precision_training", monkeypatch)
-    docs = BENCHMARKS.parent / "docs"
+def test_the_page_says_what_the_trainings_found(module: Any):
+    training = module("_precision_training")
+    docs = Path(__file__).parents[1] / "docs"
     found = training.read_outcomes(docs / "precision_training.csv")
     page = (docs / "precision.md").read_text()
     for name in training.VARIANTS:

@@ -61,7 +61,9 @@ def pytest_benchmark_update_json(
 
 @pytest.fixture
 def leave_out(request: pytest.FixtureRequest) -> Callable[[str], None]:
-    """Ends a case without a result, and tells the report why."""
+    """Ends a case without a result, and tells the report why. A machine with less
+    memory or a smaller time budget measures fewer cases. The page lists those left out,
+    with the reasons. (These are not tests: nothing goes unchecked.)"""
 
     def end(reason: str) -> None:
         request.config.stash[LEFT_OUT].append(f"{request.node.name}: {reason}")

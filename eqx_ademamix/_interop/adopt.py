@@ -12,7 +12,14 @@ from jaxtyping import Array, PyTree
 from .._checks import checked_leaves
 from .._filters import trained_arrays
 from .._inspection import decoded, find
-from .._numerics import DType, DTypeLike, cast, complex_dtype, compute_dtype
+from .._numerics import (
+    AnyArray,
+    DType,
+    DTypeLike,
+    cast,
+    complex_dtype,
+    compute_dtype,
+)
 from .._paths import Node, flatten, path_text
 from .._state import AdEMAMixState
 from .._storage.codec import Stored, encode_like
@@ -117,7 +124,7 @@ def copies(tree: PyTree) -> PyTree:
     return jax.tree.map(copied, tree)
 
 
-def copied(x: Any, dtype: DTypeLike | None = None) -> Array:
+def copied(x: AnyArray, dtype: DTypeLike | None = None) -> Array:
     """A copy of an array (of NumPy, too) in a buffer of its own, so that either may be
     donated, with the same sharding."""
     return jnp.array(x, dtype=dtype, copy=True)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from typing import Any
 
 import equinox as eqx
 import numpy as np
@@ -11,6 +10,7 @@ from jax.core import Tracer
 from .._ademamix import AdEMAMix
 from .._checks import check_supported
 from .._hyperparams import (
+    HyperParamLike,
     HyperParamOrSchedule,
     hyperparam,
     non_negative,
@@ -79,7 +79,7 @@ def extend(optim: AdEMAMix, state: AdEMAMixState, *, warmup: float) -> AdEMAMix:
     return eqx.tree_at(lambda o: (o.b3, o.alpha), optim, (b3, alpha))
 
 
-def _concrete(name: str, value: Any) -> float:
+def _concrete(name: str, value: HyperParamLike) -> float:
     if isinstance(value, Tracer) or np.shape(value) != ():
         raise ValueError(
             f"{name} is {describe(value)}, but a concrete number was expected. Call "

@@ -12,14 +12,16 @@ from jaxtyping import PyTree
 
 from .._checks import check_alive
 from .._inspection import is_moment_state, kinds_in, of, states_in
-from .._optimizer import init
+from .._optimizer import AbstractOptimizer, OptaxOptimizer, init
 from .._paths import Node, children, describe, is_leaf, shortened
 from .._state import AbstractMomentState
 from .._wrappers.compensated import CompensatedState
 from .adopt import copied, copies
 
 
-def blank_state(optim: Any, params: PyTree, cls: type) -> tuple[PyTree, Any]:
+def blank_state(
+    optim: AbstractOptimizer[Any] | OptaxOptimizer, params: PyTree, cls: type
+) -> tuple[PyTree, Any]:
     """The state with which an optimizer starts, and our own state inside of it."""
     tree = init(optim, params)
     found = states_in(tree, lambda x: isinstance(x, cls))
@@ -144,7 +146,7 @@ def _are_equal(values: list[Any]) -> bool:
     return all(np.array_equal(x, values[0]) for x in values)
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     return "traced" if isinstance(value, Tracer) else str(np.asarray(value))
 
 

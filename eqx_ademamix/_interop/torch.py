@@ -2,7 +2,7 @@
 
 import functools as ft
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeAlias, overload
+from typing import Any, NamedTuple, TypeAlias, cast, overload
 
 import jax
 import jax.numpy as jnp
@@ -148,9 +148,9 @@ def _check_kinds(state_dict: Any, names: object) -> None:
         )
 
 
-def _check_groups(groups: Any) -> None:
+def _check_groups(groups: object) -> None:
     _check_part("", groups, list, "a list")
-    for i, group in enumerate(groups):
+    for i, group in enumerate(cast("list[Any]", groups)):
         _check_part(f"[{i}]", group, Mapping, "a dict")
         for key, default in (("params", None), ("param_names", [])):
             _check_part(f"[{i}][{key!r}]", group.get(key, default), list, "a list")
@@ -259,7 +259,7 @@ def _moments(state: StateDict, where: str) -> tuple[Any, Any, Any]:
     )
 
 
-def _moment(where: str, name: str, x: Any, fn: Convert, like: Stored) -> np.ndarray:
+def _moment(where: str, name: str, x: object, fn: Convert, like: Stored) -> np.ndarray:
     if x is None:
         raise ValueError(
             f"{where}: the moment `{name}` is missing: it is None in the state dict. "
@@ -288,7 +288,7 @@ def _moment(where: str, name: str, x: Any, fn: Convert, like: Stored) -> np.ndar
     return moment
 
 
-def _numbers(where: str, what: str, x: Any) -> np.ndarray:
+def _numbers(where: str, what: str, x: object) -> np.ndarray:
     array = _array(x)
     if array is None or not jnp.issubdtype(array.dtype, np.number):
         raise ValueError(
@@ -298,7 +298,7 @@ def _numbers(where: str, what: str, x: Any) -> np.ndarray:
     return array
 
 
-def _array(x: Any) -> np.ndarray | None:
+def _array(x: object) -> np.ndarray | None:
     """`None` if NumPy cannot make an array of it, as from lists of unequal lengths."""
     try:
         return np.asarray(x)

@@ -3,7 +3,7 @@
 import functools as ft
 import warnings
 from collections.abc import Callable
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,7 @@ from .._storage.format import StateFormat
 from .._typing import no_type_check
 
 
+T = TypeVar("T")
 ScaleByAdemamixState = AdEMAMixState
 # A tree of bools, or a callable from the whole tree of parameters to one.
 Mask: TypeAlias = PyTree | Callable[[PyTree], PyTree] | None
@@ -335,14 +336,14 @@ def _python_bool(x: Node) -> Node:
     return bool(x) if is_concrete and x.dtype == bool and x.shape == () else x
 
 
-def _one_of(lr: Any, learning_rate: Any) -> Any:
+def _one_of(lr: T | None, learning_rate: T | None) -> T:
     if (lr is None) == (learning_rate is None):
         given = "neither is given" if lr is None else "both are given"
         raise ValueError(
             f"`lr` and `learning_rate` are two names of one argument, but {given}. "
             "Pass one of them."
         )
-    return learning_rate if lr is None else lr
+    return cast("T", learning_rate if lr is None else lr)
 
 
 def _scheduled(name: str, value: Any, scheduler: object) -> HyperParamLikeOrSchedule:

@@ -1,14 +1,14 @@
 """Sums of weights that other optimizers do not keep, over all steps taken."""
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int32
 
 from .._ademamix import AdEMAMix
-from .._hyperparams import Scalar, resolve_decay
+from .._hyperparams import HyperParamOrSchedule, Scalar, resolve_decay
 from .._inspection import unwrapped
 from .._numerics import Decay, bias_factor, moving_sum
 from .._paths import describe
@@ -39,7 +39,7 @@ def m2_weight_like(own: AdEMAMixState, optim: object, count_m2: Count) -> Scalar
     return _weight(resolve_decay("b3", b3, count_m2)[1], count_m2)
 
 
-def _decay(optim: object, cls: type, name: str, weight: str) -> Any:
+def _decay(optim: object, cls: type, name: str, weight: str) -> HyperParamOrSchedule:
     inner = unwrapped(optim)
     if not isinstance(inner, cls):
         raise ValueError(
@@ -59,7 +59,10 @@ def _weight(complement: Scalar, count: Count) -> Scalar:
 
 
 def _sum_after(
-    name: str, schedule: Any, count: Count, new: Callable[[Decay], Scalar]
+    name: str,
+    schedule: HyperParamOrSchedule,
+    count: Count,
+    new: Callable[[Decay], Scalar],
 ) -> Scalar:
     """The value of `total = b total + new` after a number of steps."""
 

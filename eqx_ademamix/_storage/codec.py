@@ -409,7 +409,7 @@ def _has_typed_sharding(x: Array) -> bool:
     return isinstance(x, Tracer) or is_explicit(getattr(x, "sharding", None))
 
 
-def is_explicit(sharding: Any) -> bool:
+def is_explicit(sharding: object) -> bool:
     """Whether a sharding has explicit mesh axes. JAX before 0.5 has no such axes."""
     kinds = getattr(getattr(sharding, "mesh", None), "axis_types", None)
     return any(getattr(kind, "name", "") == "Explicit" for kind in kinds or ())

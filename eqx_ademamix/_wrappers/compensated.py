@@ -69,7 +69,7 @@ class CompensatedState(eqx.Module):
     - `dtypes`: the names of the 16-bit types that the remainders belong to, in order.
     """
 
-    inner_state: Any
+    inner_state: PyTree
     remainder: PyTree[Int[Array, "..."] | None]
     count: Int32[Array, ""]
     fingerprint: UInt32[Array, ""] | None
