@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import cast
 
 import equinox as eqx
 import numpy as np
@@ -10,7 +11,7 @@ from jax.core import Tracer
 from .._ademamix import AdEMAMix
 from .._checks import check_supported
 from .._hyperparams import (
-    HyperParamLike,
+    HyperParam,
     HyperParamOrSchedule,
     hyperparam,
     non_negative,
@@ -79,13 +80,14 @@ def extend(optim: AdEMAMix, state: AdEMAMixState, *, warmup: float) -> AdEMAMix:
     return eqx.tree_at(lambda o: (o.b3, o.alpha), optim, (b3, alpha))
 
 
-def _concrete(name: str, value: HyperParamLike) -> float:
-    if isinstance(value, Tracer) or np.shape(value) != ():
+def _concrete(name: str, value: object) -> float:
+    number = cast(HyperParam, value)
+    if isinstance(value, Tracer) or np.shape(number) != ():
         raise ValueError(
             f"{name} is {describe(value)}, but a concrete number was expected. Call "
             "`extend` outside of `jit` and `vmap`."
         )
-    return float(value)
+    return float(number)
 
 
 def _extended(

@@ -1,7 +1,7 @@
 """The state of the optimizer that continues a run, with our own state in its place."""
 
 from collections.abc import Iterator
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import equinox as eqx
 import jax
@@ -12,18 +12,16 @@ from jaxtyping import PyTree
 
 from .._checks import check_alive
 from .._inspection import is_moment_state, kinds_in, of, states_in
-from .._optimizer import AbstractOptimizer, OptaxOptimizer, init
+from .._optimizer import OptaxOptimizer, init
 from .._paths import Node, children, describe, is_leaf, shortened
 from .._state import AbstractMomentState
 from .._wrappers.compensated import CompensatedState
 from .adopt import copied, copies
 
 
-def blank_state(
-    optim: AbstractOptimizer[Any] | OptaxOptimizer, params: PyTree, cls: type
-) -> tuple[PyTree, Any]:
+def blank_state(optim: object, params: PyTree, cls: type) -> tuple[PyTree, Any]:
     """The state with which an optimizer starts, and our own state inside of it."""
-    tree = init(optim, params)
+    tree = init(cast(OptaxOptimizer, optim), params)  # which checks it
     found = states_in(tree, lambda x: isinstance(x, cls))
     if len(found) != 1:
         what = "of this package" if cls is AbstractMomentState else of(cls)
