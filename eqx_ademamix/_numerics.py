@@ -231,11 +231,56 @@ def _word(x: int | Integer[Array, ""]) -> UInt32[Array, ""]:
     return jnp.asarray(np.uint32(x) if isinstance(x, int) else x).astype(np.uint32)
 
 
+class Noise(NamedTuple):
+    """What the rounding of one moment of one leaf depends on in one step."""
+
+    seed: UInt32[Array, ""]  # differs from step to step as if it were random
+    turn: UInt32[Array, ""]  # grows by the same odd number in every step
+
+    @classmethod
+    def of(
+        cls, count: Integer[Array, ""], path: UInt32[Array, "2"], name: str
+    ) -> "Noise":
+        """The noise at a counter, for the path of a leaf, as `path_words` gives it, and
+        the name of a moment."""
+        count = count.astype(np.uint32)
+        parity = count & np.uint32(1)
+        turn = path[parity] + (count - parity) * _GOLDEN + np.uint32(text_hash(name))
+        return cls(_mixed(turn) | np.uint32(1), turn)
+
+    def other(self) -> "Noise":
+        """Noise for the imaginary part."""
+        return Noise(seed_of(self.seed), self.turn)
+
+
+def path_words(path: str) -> np.ndarray:
+    """The hash of a path, for even and for odd counters. XLA on CPUs would make a
+    single number a part of each kernel that uses it, and so compile the kernels of
+    equal leaves once for each leaf. An array of two numbers it passes to one kernel."""
+    word = np.array([text_hash(path)], np.uint32)
+    return np.concatenate([word, word + _GOLDEN])
+
+
+def scattered(seed: UInt32[Array, ""], shape: tuple[int, ...]) -> UInt32[Array, "..."]:
+    """32 bits for each position, as if they were random. The first ones are the most
+    random ones."""
+    return _mixed(_positions(shape) * _GOLDEN + seed)
+
+
+def evenly_spread(
+    turn: UInt32[Array, ""], shape: tuple[int, ...]
+) -> UInt32[Array, "..."]:
+    """32 bits for each position, which, as fractions of 2^32, are spread evenly over
+    neighboring positions; and over the steps, if each adds the same odd number to
+    `turn` (a Weyl sequence)."""
+    return _positions(shape) * _GOLDEN + turn
+
+
 def uniform(seed: UInt32[Array, ""], shape: tuple[int, ...]) -> Float[Array, "..."]:
     """Numbers in [0, 1), one for each position, as float32."""
-    word = _mixed(_positions(shape) * _GOLDEN + seed)
     # The first 24 of the 32 bits: as many as float32 holds exactly.
-    return (word >> np.uint32(8)).astype(np.float32) * np.float32(2.0**-24)
+    word = scattered(seed, shape) >> np.uint32(8)
+    return word.astype(np.float32) * np.float32(2.0**-24)
 
 
 def fingerprint(arrays: list[Array]) -> UInt32[Array, ""]:
@@ -259,7 +304,8 @@ def _positions(shape: tuple[int, ...]) -> UInt32[Array, "..."]:
     """The number of each entry, in row-major order."""
     position = jnp.zeros(shape, np.uint32)
     for axis, stride in enumerate(_strides(shape)):
-        position += lax.broadcasted_iota(np.uint32, shape, axis) * np.uint32(stride)
+        along = lax.broadcasted_iota(np.uint32, shape, axis)
+        position = position + along * np.uint32(stride)
     return position
 
 

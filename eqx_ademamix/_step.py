@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeAlias
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 from beartype import beartype
-from jaxtyping import Array, Float, Inexact, PyTree, jaxtyped
+from jaxtyping import Array, Float, Inexact, Int32, PyTree, UInt32, jaxtyped
 
 from ._checks import (
     check_alive,
@@ -39,20 +40,29 @@ from ._hyperparams import (
 from ._learning_rate_scale import Scales, as_scales
 from ._numerics import (
     DType,
+    Noise,
     as_array,
     cast,
     clip_magnitude,
     compute_dtype,
     in_type_of,
     largest_gradient,
+    path_words,
     saturated,
-    text_hash,
     times,
 )
 from ._optimizer import AbstractOptimizer, hash_of
 from ._paths import Leaves, flatten, on_device
 from ._state import AbstractMomentState, S
-from ._storage.codec import Encoded, Stored, Struct, decode, store
+from ._storage.codec import (
+    AbstractBounded,
+    Bounds,
+    Encoded,
+    Stored,
+    Struct,
+    decode,
+    store,
+)
 from ._storage.format import Moments, StateFormat, zeros
 from ._typing import no_type_check
 
@@ -65,8 +75,8 @@ class WeightDecay(enum.Enum):
     decoupled = enum.auto()
 
 
-# The counter, and a hash of the leaf's path.
-Key: TypeAlias = tuple[Array, Array | np.uint32]
+# The counter, and the words of the leaf's path.
+Key: TypeAlias = tuple[Int32[Array, ""], UInt32[Array, "2"]]
 
 
 class AbstractMomentOptimizer(AbstractOptimizer[S], Generic[S, H]):
@@ -233,7 +243,7 @@ def _apply(
         g, (m1, m2, nu) = leaf.grad, leaf.moments
         p = leaf.trained if has_params else None
         real = compute_dtype(*(x.dtype for x in (g, p, m2, nu) if x is not None))
-        key = state.count, np.uint32(text_hash(jtu.keystr(leaf.path)))
+        key = state.count, path_words(jtu.keystr(leaf.path))
         if isinstance(scale, float):
             scale = wide(scale)  # traced: a new number compiles nothing
         args = g, m2, nu, m1, p, scale, scalars(real), key
@@ -263,7 +273,7 @@ def _leaf_step(
     kept = [x.dtype for x in old if x is not None]
     g = clip_magnitude(cast(g, real), largest_gradient(*kept))
     averages = rule.averages(g, _decoded(old, real), h)
-    averages, stored = _stored(averages, old, names, key)
+    averages, stored = _stored(averages, old, names, key, _bounds(rule, g, old, h))
     u = saturated(rule.direction(g, averages, h))
     rate = _rate(h.learning_rate, scale, g.ndim)
     if decay is WeightDecay.none or p is None:
@@ -291,16 +301,44 @@ def _decoded(old: Moments[Stored], real: DType) -> Moments[Array]:
     return Moments(m1, cast(decode(old.m2), real), cast(decode(old.nu), real))
 
 
+def _bounds(
+    rule: Rule, g: Array, old: Moments[Stored], h: AbstractHyperparams
+) -> Moments[Bounds]:
+    """Bounds of the new moments that a codec can use: the rule itself, applied to the
+    bounds of the old ones and to the largest gradient of each block."""
+    real, largest = h.learning_rate.dtype, dict[int, Array]()
+
+    def of(stored: Stored | None, which: int) -> Bounds | None:
+        codec = stored.codec if isinstance(stored, Encoded) else None
+        if not isinstance(codec, AbstractBounded):
+            return None
+        if codec.block_size not in largest:
+            largest[codec.block_size] = codec.largest(g)
+        top = largest[codec.block_size].astype(real)
+        bound = codec.bound(stored.real)
+        new, newest = (
+            rule.averages(top, Moments(x, x, x), h)[which].astype(np.float32)
+            for x in (bound.astype(real), jnp.zeros_like(top))
+        )
+        return Bounds(new, newest)
+
+    return Moments(*(of(stored, which) for which, stored in enumerate(old)))
+
+
 def _stored(
-    new: Moments[Array], old: Moments[Stored], names: Moments[str], key: Key
+    new: Moments[Array],
+    old: Moments[Stored],
+    names: Moments[str],
+    key: Key,
+    bounds: Moments[Bounds],
 ) -> tuple[Moments[Array], Moments[Stored]]:
-    """What the direction is computed from, and what the state keeps. The key of the
-    random rounding has the counter, the leaf's path and the moment's name."""
+    """What the direction is computed from, and what the state keeps. Random rounding
+    depends on the counter, on the leaf's path and on the moment's name."""
     pairs = [
         (None, None)
         if x is None or m is None
-        else store(x, m, (*key, text_hash(str(name))))
-        for x, m, name in zip(new, old, names, strict=True)
+        else store(x, m, Noise.of(*key, str(name)), bound)
+        for x, m, name, bound in zip(new, old, names, bounds, strict=True)
     ]
     (m1, m2, nu), stored = zip(*pairs, strict=True)
     return Moments(m1, m2, nu), Moments(*stored)

@@ -27,8 +27,8 @@ SQUARES = (ScaledFloat8().for_squares(), ScaledFloat16().for_squares())
 ALL = SIGNED + SQUARES
 # BOUNDS: the largest relative error of an entry that is at least 2^-23 of the largest
 # entry in its block. FACTORS: the largest factor by which a square is underestimated.
-BOUNDS = {"ScaledFloat8": 1 / 5, "ScaledFloat16": 1 / 2520, "SplitBfloat16": 2.0**-15}
-FACTORS = {"ScaledFloat8": 7 / 6, "ScaledFloat16": 1 + 1 / 1024}
+BOUNDS = {"ScaledFloat8": 1 / 4, "ScaledFloat16": 1 / 2048, "SplitBfloat16": 2.0**-15}
+FACTORS = {"ScaledFloat8": 6 / 5, "ScaledFloat16": 1 + 1 / 1024}
 SHAPES = (
     (),
     (1,),

@@ -3,7 +3,7 @@
 import abc
 import functools as ft
 import math
-from typing import Any, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import equinox as eqx
 import jax
@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, UInt32
 from .._numerics import (
     DType,
     DTypeLike,
+    Noise,
     complex_dtype,
     compute_dtype,
     rounded,
@@ -39,7 +40,7 @@ class Encoded(AbstractLeaf):
     - `imag`: the arrays for the imaginary part of a complex moment, otherwise `None`.
     """
 
-    codec: "AbstractCodec"
+    codec: "AbstractCodec" = eqx.field(static=True)
     real: tuple[Array, ...]
     imag: tuple[Array, ...] | None
 
@@ -213,6 +214,35 @@ class AbstractCodec(eqx.Module):
         return total / size if size else math.nan
 
 
+class Bounds(NamedTuple):
+    """Upper bounds of the magnitudes in each block of a moment."""
+
+    whole: Array  # of the moment
+    newest: Array  # of what the last gradient added to it
+
+
+class AbstractBounded(AbstractCodec):
+    """A codec that encodes a moment in one pass if it gets bounds. Otherwise it would
+    have to compute all of it twice: first for the largest number of each block, then
+    for the codes."""
+
+    block_size: eqx.AbstractVar[int]
+
+    @abc.abstractmethod
+    def largest(self, x: Array) -> Float[Array, "..."]:
+        """The largest magnitude in each block of an array."""
+
+    @abc.abstractmethod
+    def bound(self, parts: tuple[Array, ...]) -> Float[Array, "..."]:
+        """The bounds that an array was encoded with."""
+
+    @abc.abstractmethod
+    def encode_bounded(
+        self, value: Array, bounds: Bounds, old: tuple[Array, ...], noise: Noise
+    ) -> tuple[Array, ...]:
+        """Encodes a float32 array. `old` is what was encoded before it."""
+
+
 class Dense(AbstractCodec):
     r"""A plain array of a dtype, rounded to nearest.
 
@@ -314,9 +344,12 @@ def encode_like(value: Array, like: Stored) -> Stored:
     return rounded(value, like.dtype)
 
 
-def store(value: Array, like: Stored, key: Any) -> tuple[Array, Stored]:
+def store(
+    value: Array, like: Stored, noise: Noise, bounds: Bounds | None
+) -> tuple[Array, Stored]:
     """Stores a moment as another one is stored. Returns what the update is computed
-    from, and what is stored.
+    from, and what is stored. `bounds` are
+    for a codec that takes them.
 
     From a codec the update gets what is read back. An update from the exact value would
     need the old codes after they are overwritten, and XLA on CPUs would copy all of
@@ -324,8 +357,26 @@ def store(value: Array, like: Stored, key: Any) -> tuple[Array, Stored]:
     optax."""
     if not isinstance(like, Encoded):
         return value, rounded(value, like.dtype)
-    stored = like.codec.encode(value, key)
+    stored = _encoded(value, like, noise, bounds)
     return _read_back(value, decode(stored).astype(value.dtype)), stored
+
+
+def _encoded(
+    value: Array, like: Encoded, noise: Noise, bounds: Bounds | None
+) -> Encoded:
+    codec = like.codec
+    if bounds is None or not isinstance(codec, AbstractBounded):
+        return codec.encode(value, noise.seed)
+    encode = lambda x, old, noise: codec.encode_bounded(
+        _as_float32(x), bounds, old, noise
+    )
+    if like.imag is None:
+        return Encoded(codec, encode(value, like.real, noise), None)
+    return Encoded(
+        codec,
+        encode(value.real, like.real, noise),
+        encode(value.imag, like.imag, noise.other()),
+    )
 
 
 @jax.custom_jvp

@@ -1,85 +1,86 @@
-"""Codecs of one and two bytes: floating-point numbers whose exponents count down from
-that of the largest number in their block."""
+"""Codecs of one and two bytes: small floating-point numbers, relative to a bound of the
+numbers in their block."""
 
 import abc
 import math
 from typing import Any, NamedTuple
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int32
 
-from .._numerics import uniform, up_or_down
+from .._numerics import Noise, evenly_spread, scattered
 from .._paths import describe
 from .._typing import no_type_check
-from .codec import AbstractCodec, is_explicit
+from .blocks import largest, spread
+from .codec import AbstractBounded, Bounds
 
-
-class _Grid(NamedTuple):
-    """The numbers that the codes of one kind represent. Between two powers of two there
-    are `steps` of them, evenly spaced. The code `top` represents the next power of two
-    above the largest number of the block. Below the lowest power of two, a signed grid
-    continues in even steps to the code 0, which is zero. An unsigned grid ends there
-    with the code 1, and below that there is only zero."""
-
-    dtype: type[np.integer[Any]]
-    top: int
-    steps: int
-    is_signed: bool
-    is_dithered: bool
-
-
-# A signed grid needs powers of two at multiples of `steps`, so that its even steps to
-# zero join the rest: `top` is the largest multiple of `steps` that the integer holds.
-#   int8: 5 steps leave 125 = 25 * 5 <= 127, hence 25 doublings, the last one in even
-#     steps to zero. 4 steps would have a range of 31 doublings and errors of a quarter,
-#     6 steps only 21 doublings.
-#   int16: 26 doublings, down to 2^-24 times the block's largest, next to which float32
-#     would round away anything smaller. That leaves room for floor(32767 / 26) = 1260
-#     steps, and 26 * 1260 = 32760.
-_SIGNED = {
-    8: _Grid(np.int8, 125, 5, is_signed=True, is_dithered=False),
-    16: _Grid(np.int16, 32760, 1260, is_signed=True, is_dithered=True),
-}
-# An unsigned grid uses all codes: 254 / 6 and 65534 / 1024 steps are 42 and 63 whole
-# doublings. The square roots of these numbers span 21 and 31 doublings.
-_UNSIGNED = {
-    8: _Grid(np.uint8, 255, 6, is_signed=False, is_dithered=False),
-    16: _Grid(np.uint16, 65535, 1024, is_signed=False, is_dithered=False),
-}
 
 # The bit pattern of a positive float32, read as an integer: 8 bits of exponent, then 23
-# bits of mantissa. So it grows with the number, and by 2^23 with each power of two.
+# bits of mantissa. So it grows with the number, by 2^23 from one power of two to the
+# next, and in even steps in between.
 _BINADE = 1 << 23
-_SMALLEST = np.int32(_BINADE)  # the pattern of the smallest normal number, 2^-126
-_LARGEST = np.int32(0x7F7FFFFF)  # of the largest finite number
-_NOT_FINITE = 255  # the exponent of infinities and NaN
+_ONE = np.int32(127 * _BINADE)  # the pattern of 1
+_EXPONENT = np.int32(255 * _BINADE)  # the bits of the exponent
+
+_SMALLEST = np.float32(2.0**-126)  # the smallest normal number
+
+# What a signed grid calls 1 lies this many powers of two below a block's bound.
+_BELOW = np.float32(2.0**-30)
+# The lowest power of two of an unsigned grid.
+_LOWEST = np.int32((127 - 62) * _BINADE)
+# A grid of half as many numbers from one power of two to the next, and twice as many
+# powers of two, holds a block whose bound exceeds 2^30 times what the gradients usually
+# add, and its unit lies this many powers of two lower.
+_COARSE = np.float32(2.0**30)
+_LOWER = np.float32(2.0**-63)
 
 
-class AbstractScaled(AbstractCodec):
+class AbstractScaled(AbstractBounded):
     """A codec whose codes are places on a grid of floating-point numbers."""
 
     block_size: eqx.AbstractVar[int]
     signed: eqx.AbstractVar[bool]
 
+    @property
+    @abc.abstractmethod
+    def _grid(self) -> "_Signed | _Squares":
+        """The grid for this `signed`."""
+
     @no_type_check
     def encode_real(self, value: Array, seed: Array | None) -> tuple[Array, ...]:
         """See [`eqx_ademamix.AbstractCodec`][]."""
-        return _encode_scaled(value, seed, self.block_size, self._grid)
+        bound = self.largest(value)
+        scales = (bound,) if self.signed else (bound, bound)
+        noise = None if seed is None else Noise(seed, seed)
+        return self._grid.encode(value, scales, noise, self.block_size)
 
     @no_type_check
     def decode_real(self, parts: tuple[Array, ...]) -> Array:
         """See [`eqx_ademamix.AbstractCodec`][]."""
-        return _decode_scaled(parts, self.block_size, self._grid)
+        return self._grid.decode(parts, self.block_size)
 
-    @property
-    @abc.abstractmethod
-    def _grid(self) -> _Grid:
-        """The grid for this `signed`."""
+    def largest(self, x: Array) -> Float[Array, "..."]:
+        return largest(x, self.block_size)
+
+    def bound(self, parts: tuple[Array, ...]) -> Float[Array, "..."]:
+        return parts[1]
+
+    def encode_bounded(
+        self, value: Array, bounds: Bounds, old: tuple[Array, ...], noise: Noise
+    ) -> tuple[Array, ...]:
+        usual = () if self.signed else (_usual(old[2], bounds.newest),)
+        return self._grid.encode(value, (bounds.whole, *usual), noise, self.block_size)
+
+
+def _usual(old: Array, newest: Array) -> Float[Array, "..."]:
+    """What the gradients usually add to the average in a block. It follows what they
+    just added, by a factor of at most two a step, so a spike hardly moves it. A block
+    without gradients keeps it."""
+    followed = jnp.clip(newest, old * np.float32(0.5), old * np.float32(2))
+    return jnp.where(newest > 0, jnp.where(old > 0, followed, newest), old)
 
 
 class ScaledFloat16(AbstractScaled):
@@ -133,8 +134,8 @@ class ScaledFloat16(AbstractScaled):
         return ScaledFloat16(self.block_size, signed=False)
 
     @property
-    def _grid(self) -> _Grid:
-        return (_SIGNED if self.signed else _UNSIGNED)[16]
+    def _grid(self) -> "_Signed | _Squares":
+        return _SIGNED[16] if self.signed else _SQUARES[16]
 
 
 class ScaledFloat8(AbstractScaled):
@@ -192,8 +193,8 @@ class ScaledFloat8(AbstractScaled):
         return ScaledFloat8(self.block_size, signed=False)
 
     @property
-    def _grid(self) -> _Grid:
-        return (_SIGNED if self.signed else _UNSIGNED)[8]
+    def _grid(self) -> "_Signed | _Squares":
+        return _SIGNED[8] if self.signed else _SQUARES[8]
 
 
 def _checked_block_size(name: str, block_size: object) -> int:
@@ -206,143 +207,190 @@ def _checked_block_size(name: str, block_size: object) -> int:
     return int(block_size)
 
 
-def _encode_scaled(
-    value: Array, seed: Array | None, block_size: int, grid: _Grid
-) -> tuple[Array, ...]:
-    pattern = lax.bitcast_convert_type(jnp.abs(value), np.int32)
-    exponents = _exponents(pattern, block_size)
-    code = _position(pattern, _spread(exponents, value.shape, block_size), grid)
-    parts: tuple[Array, ...] = (exponents,)
-    if grid.is_dithered:
-        seed = jnp.zeros((), np.uint32) if seed is None else seed
-        code, parts = jnp.round(code + _dither(seed, value.shape)), (exponents, seed)
-    else:
-        chance = np.float32(0.5) if seed is None else uniform(seed, value.shape)
-        code = up_or_down(code, chance)
-    code = jnp.clip(code, 0 if grid.is_signed else 1, grid.top).astype(grid.dtype)
-    # The last operation must have two arrays as inputs. XLA on CPUs computes an
-    # operation on a single array again wherever it is used, and copies the old codes to
-    # do so.
-    code = jnp.where(value < 0, -code, code) if grid.is_signed else code
-    return jnp.where(value == 0, jnp.zeros_like(code), code), *parts
+class _Signed(NamedTuple):
+    """Signed numbers: `2^bits` evenly spaced ones from one power of two to the next.
+
+    With the unit that makes the bound of a block 2^30 to 2^31, the code of `x` is a
+    place between the bit patterns of 1 and of `1 + |x|`, with the sign of `x`. So the
+    grid is logarithmic far from 0, even between -1 and 1, and needs no special case.
+    """
+
+    dtype: type[np.signedinteger[Any]]
+    bits: int
+    is_dithered: bool
+
+    def encode(
+        self, x: Array, scales: tuple[Array], noise: Noise | None, block_size: int
+    ) -> tuple[Array, ...]:
+        (bound,) = scales
+        inverse = spread(1 / _unit(bound, _BELOW), x.shape, block_size)
+        size = jnp.minimum(jnp.abs(x) * inverse, self._largest)
+        place = lax.bitcast_convert_type(size + np.float32(1), np.int32) - _ONE
+        place = jnp.where(x < 0, -place, place)
+        chance = self._half if noise is None else self._chance(noise.seed, x.shape)
+        code = ((place + chance) >> self._cut).astype(self.dtype)
+        # The last operation must have two arrays as inputs. XLA on CPUs computes an
+        # operation on a single array again wherever it is used, and copies the old
+        # codes to do so.
+        codes = jnp.where(x == 0, jnp.full_like(code, self._zero), code)
+        seed = jnp.zeros((), np.uint32) if noise is None else noise.seed
+        return (codes, bound, seed) if self.is_dithered else (codes, bound)
+
+    def decode(self, parts: tuple[Array, ...], block_size: int) -> Array:
+        code, bound, *seed = parts
+        unit = spread(_unit(bound, _BELOW), code.shape, block_size)
+        place = code.astype(np.int32) << self._cut
+        if seed:
+            chance = self._chance(seed[0], code.shape)
+            place += self._half - jnp.where(seed[0] == 0, self._half, chance)
+        size = lax.bitcast_convert_type(jnp.abs(place) + _ONE, np.float32)
+        size = (size - np.float32(1)) * unit
+        x = jnp.where(place < 0, -size, size)
+        return jnp.where(code == self._zero, jnp.zeros_like(x), x) if seed else x
+
+    @property
+    def _cut(self) -> np.int32:
+        """The bits of a pattern that codes do not have."""
+        return np.int32(23 - self.bits)
+
+    @property
+    def _half(self) -> np.int32:
+        """What is added before the cut to round to nearest."""
+        return np.int32(1 << (22 - self.bits))
+
+    @property
+    def _zero(self) -> int:
+        """The code of zero. With dither, the code 0 stands for other numbers too. (The
+        smallest integer: its place is never reached.)"""
+        return np.iinfo(self.dtype).min if self.is_dithered else 0
+
+    @property
+    def _largest(self) -> np.float32:
+        """The number with the largest code, or with the next one below."""
+        place = np.int32(np.iinfo(self.dtype).max - 1 << self._cut)
+        return (place + _ONE).view(np.float32)
+
+    def _chance(self, seed: Array, shape: tuple[int, ...]) -> Int32[Array, "..."]:
+        """What is added before the cut to round at random."""
+        word = scattered(seed, shape) >> np.uint32(9 + self.bits)
+        return word.astype(np.int32)
 
 
-def _decode_scaled(
-    parts: tuple[Array, ...], block_size: int, grid: _Grid
-) -> Float[Array, "..."]:
-    code, exponents, *seed = parts
-    spread = _spread(exponents, code.shape, block_size)
-    wide = code.astype(np.float32)
-    position = jnp.abs(wide)
-    if grid.is_dithered:
-        position = position - _dither(seed[0], code.shape)
-    value = jnp.sign(wide) * _magnitude(position, spread, grid)
-    return jnp.where(spread == _NOT_FINITE, np.float32(np.nan), value)
+class _Squares(NamedTuple):
+    """Numbers that are not negative: zero, and `2^bits` numbers from one power of two
+    to the next, over 63 powers of two, or half as many over 126.
+
+    With few bits, the numbers are spaced evenly in (almost) the logarithm: a pattern is
+    bent before its last bits are cut off.
+    """
+
+    dtype: type[np.unsignedinteger[Any]]
+    bits: int
+    is_bent: bool
+
+    def encode(
+        self,
+        x: Array,
+        scales: tuple[Array, Array],
+        noise: Noise | None,
+        block_size: int,
+    ) -> tuple[Array, ...]:
+        to_entries = lambda per_block: spread(per_block, x.shape, block_size)
+        unit, halvings = _mode(*scales)
+        pattern = lax.bitcast_convert_type(x * to_entries(1 / unit), np.int32)
+        place = pattern - _LOWEST
+        if self.is_bent:
+            place += _bend(place & (_BINADE - 1))
+        place >>= to_entries(halvings)
+        chance = self._half if noise is None else self._chance(noise.turn, x.shape)
+        code = jnp.clip((place + chance) >> self._cut, 1, np.iinfo(self.dtype).max)
+        # For the last operation, see `_Signed`.
+        code = code.astype(self.dtype)
+        return jnp.where(x == 0, jnp.zeros_like(code), code), *scales
+
+    def decode(self, parts: tuple[Array, ...], block_size: int) -> Array:
+        code, *scales = parts
+        to_entries = lambda per_block: spread(per_block, code.shape, block_size)
+        unit, halvings = _mode(*scales)
+        place = code.astype(np.int32) << to_entries(halvings)
+        pattern = (place << self._cut) + _LOWEST
+        if self.is_bent:
+            pattern += _unbent(place & 3)
+        x = lax.bitcast_convert_type(pattern, np.float32) * to_entries(unit)
+        return jnp.where(code == 0, jnp.zeros_like(x), x)
+
+    @property
+    def _cut(self) -> np.int32:
+        """The bits of a pattern that codes do not have."""
+        return np.int32(23 - self.bits)
+
+    @property
+    def _half(self) -> np.int32:
+        """What is added before the cut to round to nearest."""
+        return np.int32(1 << (22 - self.bits))
+
+    def _chance(self, turn: Array, shape: tuple[int, ...]) -> Int32[Array, "..."]:
+        """What is added before the cut to round in turn."""
+        word = evenly_spread(turn, shape) >> np.uint32(9 + self.bits)
+        return word.astype(np.int32)
 
 
-def _position(pattern: Array, exponent: Array, grid: _Grid) -> Float[Array, "..."]:
-    """The position of a number, given by its bit pattern, on the grid of its block: the
-    code that it would have if codes were real numbers."""
-    below = _top(exponent) - pattern
-    part = (below & (_BINADE - 1)).astype(np.float32) * np.float32(1 / _BINADE)
-    binades = (below >> 23).astype(np.float32)
-    position = grid.top - (binades + part) * np.float32(grid.steps)
-    if not grid.is_signed:
-        return position
-    lowest = _lowest(exponent, grid)
-    tail = lax.bitcast_convert_type(pattern, np.float32) / lowest * grid.steps
-    return jnp.where(position < grid.steps, tail, position)
+def _mode(
+    bound: Array, usual: Array
+) -> tuple[Float[Array, "..."], Int32[Array, "..."]]:
+    """The unit of each block, and how many times its places are halved."""
+    is_coarse = bound > _COARSE * usual
+    one = np.float32(1)
+    return _unit(bound, jnp.where(is_coarse, _LOWER, one)), is_coarse.astype(np.int32)
 
 
-def _magnitude(position: Array, exponent: Array, grid: _Grid) -> Float[Array, "..."]:
-    """The number at a position. The powers of two are split off, so that the number
-    does not depend on the largest of the block."""
-    depth = grid.top - position
-    binades = jnp.floor(depth * np.float32(1 / grid.steps))
-    part = (depth - binades * np.float32(grid.steps)) * np.float32(_BINADE / grid.steps)
-    below = binades.astype(np.int32) * _SMALLEST + jnp.round(part).astype(np.int32)
-    pattern = jnp.clip(_top(exponent) - below, _SMALLEST, _LARGEST)
-    value = lax.bitcast_convert_type(pattern, np.float32)
-    if not grid.is_signed:
-        return value
-    tail = position * np.float32(1 / grid.steps) * _lowest(exponent, grid)
-    return jnp.where(position < grid.steps, tail, value)
+def _unit(bound: Array, below: Array | np.float32) -> Float[Array, "..."]:
+    """The power of two of a bound, times another one. So a new bound moves no number of
+    a grid. A NaN where the bound is not finite."""
+    pattern = lax.bitcast_convert_type(bound, np.int32) & _EXPONENT
+    top = lax.bitcast_convert_type(pattern, np.float32)
+    # The inverse of the unit must be a normal number too.
+    unit = jnp.maximum(jnp.minimum(top, 1 / _SMALLEST) * below, _SMALLEST)
+    return unit + (top - top)
 
 
-def _lowest(exponent: Array, grid: _Grid) -> Float[Array, "..."]:
-    """The lowest power of two of a signed grid."""
-    pattern = _top(exponent) - (grid.top // grid.steps - 1) * _SMALLEST
-    return lax.bitcast_convert_type(jnp.maximum(pattern, _SMALLEST), np.float32)
+# The logarithm to base 2 of 1 + f, for f from 0 to 1, is about f + c f (1 - f). With
+# this c, a number that shrinks by a fixed small fraction in each step takes as many
+# steps to pass the four codes of a power of two as it takes to halve.
+_CURVE = 0.315
 
 
-def _top(exponent: Array) -> Int32[Array, "..."]:
-    """The bit pattern of the next power of two above the largest number of a block."""
-    return (jnp.minimum(exponent, _NOT_FINITE - 1) + 1) * _SMALLEST
+def _bend(mantissa: Int32[Array, "..."]) -> Int32[Array, "..."]:
+    """What to add to a pattern whose last 23 bits are `mantissa`."""
+    f = mantissa.astype(np.float32)
+    slope = np.float32(_CURVE) - np.float32(_CURVE / _BINADE) * f
+    return (slope * f).astype(np.int32)
 
 
-def _dither(seed: Array, shape: tuple[int, ...]) -> Float[Array, "..."]:
-    """Numbers in [-1/2, 1/2), or zeros for the seed 0."""
-    return jnp.where(seed == 0, np.float32(0), uniform(seed, shape) - np.float32(0.5))
+def _unbent_at(quarter: int) -> np.int32:
+    """What to add to a pattern that ends at a quarter of a power of two, so that, once
+    bent, it ends there."""
+    # The root of f + c f (1 - f) = quarter / 4.
+    b = 1 + _CURVE
+    f = (b - math.sqrt(b * b - _CURVE * quarter)) / (2 * _CURVE)
+    return np.int32(math.ceil(f * _BINADE) - quarter * (_BINADE // 4))
 
 
-def _exponents(pattern: Array, block_size: int) -> Array:
-    """The exponent, as float32 stores it, of the largest number of each block: 0 for a
-    block of zeros, 255 for one that is not finite."""
-    lead, length = _rows(pattern.shape)
-    block = min(block_size, length) or 1
-    rows = _padded(_with_whole_rows(pattern, block).reshape(*lead, length), block)
-    blocks = rows.reshape(*lead, -(-length // block), block)
-    # In two stages, since XLA on CPUs materializes the input of a reduction by more
-    # than 32.
-    stages = _padded(blocks, 16).reshape(*blocks.shape[:-1], -(-block // 16), 16)
-    return jnp.max((jnp.max(stages, axis=-1) >> 23).astype(np.uint8), axis=-1)
+_UNBENT = tuple(map(_unbent_at, range(4)))
 
 
-def _with_whole_rows(x: Array, block: int) -> Array:
-    """An array with every row whole on some device, if its sharding is part of its type
-    and does not divide the blocks. Such an array could not be reshaped otherwise."""
-    sharding = (
-        getattr(jax.typeof(x), "sharding", None) if hasattr(jax, "typeof") else None
-    )
-    lead, length = _rows(x.shape)
-    if not is_explicit(sharding) or sharding is None:
-        return x
-    kept = sharding.spec[: len(lead)]
-    split = [name for names in sharding.spec[len(lead) :] for name in _names(names)]
-    parts = math.prod(sharding.mesh.shape[name] for name in split)
-    is_whole = x.ndim == len(lead) + 1 and length % (block * parts) == 0
-    return x if is_whole or not split else jax.sharding.reshard(x, P(*kept))
+def _unbent(quarter: Int32[Array, "..."]) -> Int32[Array, "..."]:
+    added = jnp.where(quarter == 1, _UNBENT[1], np.int32(0))
+    for i in (2, 3):
+        added = jnp.where(quarter == i, _UNBENT[i], added)
+    return added
 
 
-def _names(names: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    return () if names is None else names if isinstance(names, tuple) else (names,)
-
-
-def _padded(x: Array, multiple: int) -> Array:
-    """Pads the last axis with zeros."""
-    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % multiple)])
-
-
-def _spread(
-    exponents: Array, shape: tuple[int, ...], block_size: int
-) -> Int32[Array, "..."]:
-    """The exponent of the block of each entry."""
-    lead, length = _rows(shape)
-    block = min(block_size, length) or 1
-    each = jnp.broadcast_to(exponents[..., None], (*exponents.shape, block))
-    rows = each.reshape(*lead, exponents.shape[-1] * block)[..., :length]
-    return rows.reshape(shape).astype(np.int32)
-
-
-def _rows(shape: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
-    """Splits a shape into its first axes, and the length of the rows along which the
-    blocks lie."""
-    axis = len(shape) - 1
-    while axis > 0 and math.prod(shape[axis:]) < _SHORTEST_ROW:
-        axis -= 1
-    return shape[: max(axis, 0)], math.prod(shape[max(axis, 0) :])
-
-
-# One byte of scale for 64 codes of one byte adds 1.6 %; for shorter rows it would add
-# more.
-_SHORTEST_ROW = 64
+_SIGNED = {
+    8: _Signed(np.int8, 2, is_dithered=False),
+    16: _Signed(np.int16, 10, is_dithered=True),
+}
+_SQUARES = {
+    8: _Squares(np.uint8, 2, is_bent=True),
+    16: _Squares(np.uint16, 10, is_bent=False),
+}
