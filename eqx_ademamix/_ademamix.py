@@ -115,9 +115,9 @@ class AdEMAMix(AbstractMomentOptimizer[AdEMAMixState, Hyperparams]):
     @staticmethod
     def direction(g: Array, m: Moments[Array], h: Hyperparams) -> Array:
         """Algorithm 1 on one leaf: the direction, before learning rate and decay."""
-        m1_hat = g if m.m1 is None else over(m.m1, h._bias1)  # b1 = 0: m1 is g
-        m2_hat = m.m2 if h._m2_weight is None else over(m.m2, h._m2_weight)
-        nu_hat = over(m.nu, h._bias2)
+        m1_hat = g if m.m1 is None else times(1 / h._bias1, m.m1)  # b1 = 0: m1 is g
+        m2_hat = m.m2 if h._m2_weight is None else times(1 / h._m2_weight, m.m2)
+        nu_hat = times(1 / h._bias2, m.nu)
         denominator = jnp.sqrt(nu_hat + h._eps_root) + h._eps
         return over(m1_hat + times(h.alpha, m2_hat), denominator)
 

@@ -102,15 +102,10 @@ def _componentwise(fn: Callable[[Array], Array], x: Array) -> Array:
 
 
 def abs_squared(x: Inexact[Array, "..."]) -> Float[Array, "..."]:
-    """$|x|^2$, real also for a complex `x`. Where the square of a finite number
-    overflows, it is the largest finite number, since an infinite average never
-    recovers."""
+    """$|x|^2$, real also for a complex `x`."""
     if jnp.iscomplexobj(x):
-        square = jnp.square(x.real) + jnp.square(x.imag)
-    else:
-        square = jnp.square(x)
-    largest = jnp.asarray(jnp.finfo(square.dtype).max, square.dtype)
-    return jnp.where(jnp.isfinite(x), jnp.minimum(square, largest), square)
+        return jnp.square(x.real) + jnp.square(x.imag)
+    return jnp.square(x)
 
 
 def power(x: Inexact[Array, "..."], order: int | float) -> Inexact[Array, "..."]:
@@ -119,7 +114,14 @@ def power(x: Inexact[Array, "..."], order: int | float) -> Inexact[Array, "..."]
 
 def norm_power(x: Inexact[Array, "..."], order: int | float) -> Float[Array, "..."]:
     """$|x|^n$, real."""
-    return abs_squared(x) if order == 2 else jnp.abs(x) ** order
+    """$|x|^n$, real also for a complex `x`. Where the square of a finite number
+    overflows, it is the largest finite number, since an infinite average never
+    recovers."""
+    if order != 2:
+        return jnp.abs(x) ** order
+    square = abs_squared(x)
+    largest = jnp.asarray(jnp.finfo(square.dtype).max, square.dtype)
+    return jnp.where(jnp.isfinite(x), jnp.minimum(square, largest), square)
 
 
 #
@@ -216,70 +218,51 @@ def text_hash(text: str) -> int:
 
 
 def seed_of(key: Any) -> UInt32[Array, ""]:
-    """A seed from a PRNG key, from an array of integers, or from a tuple of integers.
-    A seed is odd, hence never 0, which stands for no randomness."""
+    """A seed from a PRNG key, an array of integers, or a tuple of integers."""
     if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.key_data(key)
     words = key if isinstance(key, tuple) else jnp.ravel(jnp.asarray(key))
     seed = jnp.zeros((), np.uint32)
     for word in words:
-        seed = _mixed(seed * _GOLDEN + _word(word) + _GOLDEN)
-    return seed | np.uint32(1)
+        seed = mixed(seed * _GOLDEN + _word(word) + _GOLDEN)
+    return seed
 
 
 def _word(x: int | Integer[Array, ""]) -> UInt32[Array, ""]:
     return jnp.asarray(np.uint32(x) if isinstance(x, int) else x).astype(np.uint32)
 
 
-class Noise(NamedTuple):
-    """What the rounding of one moment of one leaf depends on in one step."""
-
-    seed: UInt32[Array, ""]  # differs from step to step as if it were random
-    turn: UInt32[Array, ""]  # grows by the same odd number in every step
-
-    @classmethod
-    def of(
-        cls, count: Integer[Array, ""], path: UInt32[Array, "2"], name: str
-    ) -> "Noise":
-        """The noise at a counter, for the path of a leaf, as `path_words` gives it, and
-        the name of a moment."""
-        count = count.astype(np.uint32)
-        parity = count & np.uint32(1)
-        turn = path[parity] + (count - parity) * _GOLDEN + np.uint32(text_hash(name))
-        return cls(_mixed(turn) | np.uint32(1), turn)
-
-    def other(self) -> "Noise":
-        """Noise for the imaginary part."""
-        return Noise(seed_of(self.seed), self.turn)
+def seed_at(
+    count: Integer[Array, ""], path: UInt32[Array, "2"], name: str
+) -> UInt32[Array, ""]:
+    """What the rounding in one step depends on, from the counter, the path of a leaf,
+    as `path_words` gives it, and the name of a moment. It grows by an odd number in
+    every step."""
+    count = count.astype(np.uint32)
+    return path[count & np.uint32(1)] + count * _SILVER + np.uint32(text_hash(name))
 
 
 def path_words(path: str) -> np.ndarray:
     """The hash of a path, for even and for odd counters. XLA on CPUs would make a
     single number a part of each kernel that uses it, and so compile the kernels of
     equal leaves once for each leaf. An array of two numbers it passes to one kernel."""
-    word = np.array([text_hash(path)], np.uint32)
-    return np.concatenate([word, word + _GOLDEN])
-
-
-def scattered(seed: UInt32[Array, ""], shape: tuple[int, ...]) -> UInt32[Array, "..."]:
-    """32 bits for each position, as if they were random. The first ones are the most
-    random ones."""
-    return _mixed(_positions(shape) * _GOLDEN + seed)
+    word = text_hash(path)
+    return np.array([word, (word + 1) % 2**32], np.uint32)
 
 
 def evenly_spread(
-    turn: UInt32[Array, ""], shape: tuple[int, ...]
+    start: UInt32[Array, "..."], shape: tuple[int, ...]
 ) -> UInt32[Array, "..."]:
-    """32 bits for each position, which, as fractions of 2^32, are spread evenly over
-    neighboring positions; and over the steps, if each adds the same odd number to
-    `turn` (a Weyl sequence)."""
-    return _positions(shape) * _GOLDEN + turn
+    """32 bits for each position of an array. As fractions of 2^32, they are spread
+    evenly over neighboring positions (a Weyl sequence). `start` is added to them: one
+    number, or one for each position."""
+    return _positions(shape) * _GOLDEN + start
 
 
 def uniform(seed: UInt32[Array, ""], shape: tuple[int, ...]) -> Float[Array, "..."]:
     """Numbers in [0, 1), one for each position, as float32."""
     # The first 24 of the 32 bits: as many as float32 holds exactly.
-    word = scattered(seed, shape) >> np.uint32(8)
+    word = mixed(evenly_spread(seed, shape)) >> np.uint32(8)
     return word.astype(np.float32) * np.float32(2.0**-24)
 
 
@@ -288,8 +271,8 @@ def fingerprint(arrays: list[Array]) -> UInt32[Array, ""]:
     total = jnp.zeros((), np.uint32)
     for x in arrays:
         bits = lax.bitcast_convert_type(x, np.uint16).astype(np.uint32)
-        words = _mixed(_positions(x.shape) * _GOLDEN + bits)
-        total = _mixed(total + jnp.sum(words, dtype=np.uint32))
+        words = mixed(_positions(x.shape) * _GOLDEN + bits)
+        total = mixed(total + jnp.sum(words, dtype=np.uint32))
     return total | np.uint32(1)
 
 
@@ -313,7 +296,7 @@ def _strides(shape: tuple[int, ...]) -> list[int]:
     return [math.prod(shape[axis + 1 :]) % 2**32 for axis in range(len(shape))]
 
 
-def _mixed(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
+def mixed(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
     """The final mix of MurmurHash3 for 32 bits ("fmix32", Appleby 2011). Its shifts and
     its two odd multipliers were found by a search that made each input bit flip each
     output bit with a probability close to one half. Every step is invertible, so
@@ -326,3 +309,5 @@ def _mixed(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
 # 2^32 divided by the golden ratio, an odd number. Multiples of it, modulo 2^32, spread
 # neighboring integers evenly (Knuth, The Art of Computer Programming 3, section 6.4).
 _GOLDEN = np.uint32(0x9E3779B9)
+# The same with the square root of two, whose multiples are spread almost as evenly.
+_SILVER = np.uint32(0x6A09E667)

@@ -117,8 +117,8 @@ class SimplifiedAdEMAMix(
     @staticmethod
     def direction(g: Array, m: Moments[Array], h: SimplifiedHyperparams) -> Array:
         """The rule on one leaf: the direction, before learning rate and decay."""
-        momentum = over(times(h.alpha, g) + m.m2, h._divisor)
-        nu_hat = over(m.nu, h._bias2)
+        momentum = times(1 / h._divisor, times(h.alpha, g) + m.m2)
+        nu_hat = times(1 / h._bias2, m.nu)
         return over(momentum, jnp.sqrt(nu_hat + h._eps_root) + h._eps)
 
     def resolve(self, state: SimplifiedAdEMAMixState) -> SimplifiedHyperparams:

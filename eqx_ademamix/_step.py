@@ -40,7 +40,6 @@ from ._hyperparams import (
 from ._learning_rate_scale import Scales, as_scales
 from ._numerics import (
     DType,
-    Noise,
     as_array,
     cast,
     clip_magnitude,
@@ -49,6 +48,7 @@ from ._numerics import (
     largest_gradient,
     path_words,
     saturated,
+    seed_at,
     times,
 )
 from ._optimizer import AbstractOptimizer, hash_of
@@ -271,9 +271,14 @@ def _leaf_step(
     old = Moments(m1, m2, nu)
     real, like = h.learning_rate.dtype, g if p is None else p
     kept = [x.dtype for x in old if x is not None]
-    g = clip_magnitude(cast(g, real), largest_gradient(*kept))
-    averages = rule.averages(g, _decoded(old, real), h)
-    averages, stored = _stored(averages, old, names, key, _bounds(rule, g, old, h))
+    raw = cast(g, real)
+    g = clip_magnitude(raw, largest_gradient(*kept))
+    bounds = _bounds(rule, g, old, h)
+    # What is encoded within bounds is clipped by them.
+    missing = [m for m, x in zip(old, bounds, strict=True) if x is None]
+    is_bounded = not jnp.iscomplexobj(g) and missing in ([], [None])
+    averages = rule.averages(raw if is_bounded else g, _decoded(old, real), h)
+    averages, stored = _stored(averages, old, names, key, bounds)
     u = saturated(rule.direction(g, averages, h))
     rate = _rate(h.learning_rate, scale, g.ndim)
     if decay is WeightDecay.none or p is None:
@@ -304,8 +309,8 @@ def _decoded(old: Moments[Stored], real: DType) -> Moments[Array]:
 def _bounds(
     rule: Rule, g: Array, old: Moments[Stored], h: AbstractHyperparams
 ) -> Moments[Bounds]:
-    """Bounds of the new moments that a codec can use: the rule itself, applied to the
-    bounds of the old ones and to the largest gradient of each block."""
+    """Bounds of the new moments, for the codecs that take them: the rule itself,
+    applied to the bounds of the old ones and to the largest gradient of each block."""
     real, largest = h.learning_rate.dtype, dict[int, Array]()
 
     def of(stored: Stored | None, which: int) -> Bounds | None:
@@ -315,12 +320,9 @@ def _bounds(
         if codec.block_size not in largest:
             largest[codec.block_size] = codec.largest(g)
         top = largest[codec.block_size].astype(real)
-        bound = codec.bound(stored.real)
-        new, newest = (
-            rule.averages(top, Moments(x, x, x), h)[which].astype(np.float32)
-            for x in (bound.astype(real), jnp.zeros_like(top))
-        )
-        return Bounds(new, newest)
+        bound = codec.bound(stored.real).astype(real)
+        bound = rule.averages(top, Moments(bound, bound, bound), h)[which]
+        return Bounds(bound.astype(np.float32), top.astype(np.float32))
 
     return Moments(*(of(stored, which) for which, stored in enumerate(old)))
 
@@ -337,7 +339,7 @@ def _stored(
     pairs = [
         (None, None)
         if x is None or m is None
-        else store(x, m, Noise.of(*key, str(name)), bound)
+        else store(x, m, seed_at(*key, str(name)), bound)
         for x, m, name, bound in zip(new, old, names, bounds, strict=True)
     ]
     (m1, m2, nu), stored = zip(*pairs, strict=True)

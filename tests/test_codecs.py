@@ -28,7 +28,7 @@ ALL = SIGNED + SQUARES
 # BOUNDS: the largest relative error of an entry that is at least 2^-23 of the largest
 # entry in its block. FACTORS: the largest factor by which a square is underestimated.
 BOUNDS = {"ScaledFloat8": 1 / 4, "ScaledFloat16": 1 / 2048, "SplitBfloat16": 2.0**-15}
-FACTORS = {"ScaledFloat8": 6 / 5, "ScaledFloat16": 1 + 1 / 1024}
+FACTORS = {"ScaledFloat8": 5 / 4, "ScaledFloat16": 1 + 1 / 1024}
 SHAPES = (
     (),
     (1,),

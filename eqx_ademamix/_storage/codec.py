@@ -16,7 +16,6 @@ from jaxtyping import Array, Float, UInt32
 from .._numerics import (
     DType,
     DTypeLike,
-    Noise,
     complex_dtype,
     compute_dtype,
     rounded,
@@ -215,10 +214,11 @@ class AbstractCodec(eqx.Module):
 
 
 class Bounds(NamedTuple):
-    """Upper bounds of the magnitudes in each block of a moment."""
+    """Upper bounds of the magnitudes in each block of a moment, and in each block of
+    the gradient that was just added to it."""
 
-    whole: Array  # of the moment
-    newest: Array  # of what the last gradient added to it
+    moment: Array
+    gradient: Array
 
 
 class AbstractBounded(AbstractCodec):
@@ -238,7 +238,7 @@ class AbstractBounded(AbstractCodec):
 
     @abc.abstractmethod
     def encode_bounded(
-        self, value: Array, bounds: Bounds, old: tuple[Array, ...], noise: Noise
+        self, value: Array, bounds: Bounds, old: tuple[Array, ...], seed: Array
     ) -> tuple[Array, ...]:
         """Encodes a float32 array. `old` is what was encoded before it."""
 
@@ -345,7 +345,7 @@ def encode_like(value: Array, like: Stored) -> Stored:
 
 
 def store(
-    value: Array, like: Stored, noise: Noise, bounds: Bounds | None
+    value: Array, like: Stored, seed: UInt32[Array, ""], bounds: Bounds | None
 ) -> tuple[Array, Stored]:
     """Stores a moment as another one is stored. Returns what the update is computed
     from, and what is stored. `bounds` are
@@ -357,26 +357,24 @@ def store(
     optax."""
     if not isinstance(like, Encoded):
         return value, rounded(value, like.dtype)
-    stored = _encoded(value, like, noise, bounds)
+    stored = _encoded(value, like, seed, bounds)
     return _read_back(value, decode(stored).astype(value.dtype)), stored
 
 
 def _encoded(
-    value: Array, like: Encoded, noise: Noise, bounds: Bounds | None
+    value: Array, like: Encoded, seed: UInt32[Array, ""], bounds: Bounds | None
 ) -> Encoded:
     codec = like.codec
     if bounds is None or not isinstance(codec, AbstractBounded):
-        return codec.encode(value, noise.seed)
-    encode = lambda x, old, noise: codec.encode_bounded(
-        _as_float32(x), bounds, old, noise
-    )
+        return codec.encode(value, seed)
     if like.imag is None:
-        return Encoded(codec, encode(value, like.real, noise), None)
-    return Encoded(
-        codec,
-        encode(value.real, like.real, noise),
-        encode(value.imag, like.imag, noise.other()),
-    )
+        value = _as_float32(value)
+        real = codec.encode_bounded(value, bounds, like.real, seed)
+        return Encoded(codec, real, None)
+    re, im = _as_float32(value.real), _as_float32(value.imag)
+    real = codec.encode_bounded(re, bounds, like.real, seed)
+    imag = codec.encode_bounded(im, bounds, like.imag, seed_of(seed))
+    return Encoded(codec, real, imag)
 
 
 @jax.custom_jvp

@@ -9,9 +9,9 @@ import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
-from .._numerics import Noise, evenly_spread, scattered
+from .._numerics import evenly_spread, mixed
 from .._paths import describe
 from .._typing import no_type_check
 from .blocks import largest, spread
@@ -25,21 +25,10 @@ _BINADE = 1 << 23
 _ONE = np.int32(127 * _BINADE)  # the pattern of 1
 _EXPONENT = np.int32(255 * _BINADE)  # the bits of the exponent
 
-_SMALLEST = np.float32(2.0**-126)  # the smallest normal number
-
-# What a signed grid calls 1 lies this many powers of two below a block's bound.
-_BELOW = np.float32(2.0**-30)
-# The lowest power of two of an unsigned grid.
-_LOWEST = np.int32((127 - 62) * _BINADE)
-# A grid of half as many numbers from one power of two to the next, and twice as many
-# powers of two, holds a block whose bound exceeds 2^30 times what the gradients usually
-# add, and its unit lies this many powers of two lower.
-_COARSE = np.float32(2.0**30)
-_LOWER = np.float32(2.0**-63)
-
 
 class AbstractScaled(AbstractBounded):
-    """A codec whose codes are places on a grid of floating-point numbers."""
+    """A codec whose codes are places on a grid of floating-point numbers, and whose
+    scales are bounds of the numbers in a block."""
 
     block_size: eqx.AbstractVar[int]
     signed: eqx.AbstractVar[bool]
@@ -53,34 +42,30 @@ class AbstractScaled(AbstractBounded):
     def encode_real(self, value: Array, seed: Array | None) -> tuple[Array, ...]:
         """See [`eqx_ademamix.AbstractCodec`][]."""
         bound = self.largest(value)
-        scales = (bound,) if self.signed else (bound, bound)
-        noise = None if seed is None else Noise(seed, seed)
-        return self._grid.encode(value, scales, noise, self.block_size)
+        return self._encode(value, bound, _exponent(bound), seed)
 
     @no_type_check
     def decode_real(self, parts: tuple[Array, ...]) -> Array:
         """See [`eqx_ademamix.AbstractCodec`][]."""
-        return self._grid.decode(parts, self.block_size)
+        return self._grid.decode(*parts, self.block_size)
 
     def largest(self, x: Array) -> Float[Array, "..."]:
         return largest(x, self.block_size)
 
     def bound(self, parts: tuple[Array, ...]) -> Float[Array, "..."]:
-        return parts[1]
+        return _bound(parts[1])
 
     def encode_bounded(
-        self, value: Array, bounds: Bounds, old: tuple[Array, ...], noise: Noise
+        self, value: Array, bounds: Bounds, old: tuple[Array, ...], seed: Array
     ) -> tuple[Array, ...]:
-        usual = () if self.signed else (_usual(old[2], bounds.newest),)
-        return self._grid.encode(value, (bounds.whole, *usual), noise, self.block_size)
+        usual = _usual(_note(old[1]), _exponent(jnp.square(bounds.gradient)))
+        return self._encode(value, bounds.moment, usual, seed)
 
-
-def _usual(old: Array, newest: Array) -> Float[Array, "..."]:
-    """What the gradients usually add to the average in a block. It follows what they
-    just added, by a factor of at most two a step, so a spike hardly moves it. A block
-    without gradients keeps it."""
-    followed = jnp.clip(newest, old * np.float32(0.5), old * np.float32(2))
-    return jnp.where(newest > 0, jnp.where(old > 0, followed, newest), old)
+    def _encode(
+        self, value: Array, bound: Array, usual: Array, seed: Array | None
+    ) -> tuple[Array, ...]:
+        scale = self._grid.scale(bound, usual, seed)
+        return self._grid.encode(value, scale, seed, self.block_size), scale
 
 
 class ScaledFloat16(AbstractScaled):
@@ -210,47 +195,58 @@ def _checked_block_size(name: str, block_size: object) -> int:
 class _Signed(NamedTuple):
     """Signed numbers: `2^bits` evenly spaced ones from one power of two to the next.
 
-    With the unit that makes the bound of a block 2^30 to 2^31, the code of `x` is a
-    place between the bit patterns of 1 and of `1 + |x|`, with the sign of `x`. So the
-    grid is logarithmic far from 0, even between -1 and 1, and needs no special case.
+    With a unit that makes the bound of a block lie between 2^30 and 2^31, the code of
+    `x` is a place between the bit patterns of 1 and of `1 + |x|`, with the sign of `x`.
+    So the grid is logarithmic far from 0 and even near 0, without any special case.
     """
 
     dtype: type[np.signedinteger[Any]]
     bits: int
     is_dithered: bool
 
+    def scale(
+        self, bound: Array, usual: Array, seed: Array | None
+    ) -> Float[Array, "..."]:
+        """The scale of each block. It notes random bits, on which the rounding
+        depends."""
+        del usual
+        word = _random_bits(seed, bound.shape)
+        return _scale(_in_range(bound, 2.0**-96), word, word)
+
     def encode(
-        self, x: Array, scales: tuple[Array], noise: Noise | None, block_size: int
-    ) -> tuple[Array, ...]:
-        (bound,) = scales
-        inverse = spread(1 / _unit(bound, _BELOW), x.shape, block_size)
-        size = jnp.minimum(jnp.abs(x) * inverse, self._largest)
-        place = lax.bitcast_convert_type(size + np.float32(1), np.int32) - _ONE
-        place = jnp.where(x < 0, -place, place)
-        chance = self._half if noise is None else self._chance(noise.seed, x.shape)
-        code = ((place + chance) >> self._cut).astype(self.dtype)
+        self, x: Array, scale: Array, seed: Array | None, block_size: int
+    ) -> Array:
+        inverse = spread(_inverse(self._unit(scale)), x.shape, block_size)
+        size = jnp.abs(x) * inverse + np.float32(1)
+        place = lax.bitcast_convert_type(size, np.int32) - _ONE
+        place = jnp.minimum(place, self._last)
+        is_random = self.is_dithered or seed is not None
+        chance = self._chance(scale, x.shape, block_size) if is_random else self._half
         # The last operation must have two arrays as inputs. XLA on CPUs computes an
         # operation on a single array again wherever it is used, and copies the old
         # codes to do so.
-        codes = jnp.where(x == 0, jnp.full_like(code, self._zero), code)
-        seed = jnp.zeros((), np.uint32) if noise is None else noise.seed
-        return (codes, bound, seed) if self.is_dithered else (codes, bound)
+        if self.is_dithered:
+            place = jnp.where(x < 0, -place, place)
+            code = ((place + chance) >> self._cut).astype(self.dtype)
+            return jnp.where(x == 0, jnp.full_like(code, self._zero), code)
+        code = ((place + chance) >> self._cut).astype(self.dtype)
+        return jnp.where(x < 0, -code, code)
 
-    def decode(self, parts: tuple[Array, ...], block_size: int) -> Array:
-        code, bound, *seed = parts
-        unit = spread(_unit(bound, _BELOW), code.shape, block_size)
+    def decode(self, code: Array, scale: Array, block_size: int) -> Array:
         place = code.astype(np.int32) << self._cut
-        if seed:
-            chance = self._chance(seed[0], code.shape)
-            place += self._half - jnp.where(seed[0] == 0, self._half, chance)
+        if self.is_dithered:
+            place += self._half - self._chance(scale, code.shape, block_size)
         size = lax.bitcast_convert_type(jnp.abs(place) + _ONE, np.float32)
+        unit = spread(self._unit(scale), code.shape, block_size)
         size = (size - np.float32(1)) * unit
         x = jnp.where(place < 0, -size, size)
-        return jnp.where(code == self._zero, jnp.zeros_like(x), x) if seed else x
+        if not self.is_dithered:
+            return x
+        return jnp.where(code == self._zero, jnp.zeros_like(x), x)
 
     @property
     def _cut(self) -> np.int32:
-        """The bits of a pattern that codes do not have."""
+        """How many bits of a pattern codes leave out."""
         return np.int32(23 - self.bits)
 
     @property
@@ -260,131 +256,184 @@ class _Signed(NamedTuple):
 
     @property
     def _zero(self) -> int:
-        """The code of zero. With dither, the code 0 stands for other numbers too. (The
-        smallest integer: its place is never reached.)"""
+        """The code of zero. With dither, the code 0 stands for numbers near zero, and
+        zero gets a code that no other number has."""
         return np.iinfo(self.dtype).min if self.is_dithered else 0
 
     @property
-    def _largest(self) -> np.float32:
-        """The number with the largest code, or with the next one below."""
-        place = np.int32(np.iinfo(self.dtype).max - 1 << self._cut)
-        return (place + _ONE).view(np.float32)
+    def _last(self) -> np.int32:
+        """The last place but one."""
+        return np.int32((np.iinfo(self.dtype).max - 1) << int(self._cut))
 
-    def _chance(self, seed: Array, shape: tuple[int, ...]) -> Int32[Array, "..."]:
-        """What is added before the cut to round at random."""
-        word = scattered(seed, shape) >> np.uint32(9 + self.bits)
-        return word.astype(np.int32)
+    def _unit(self, scale: Array) -> Float[Array, "..."]:
+        return _power_of_two(scale) * np.float32(2.0**-30)
+
+    def _chance(
+        self, scale: Array, shape: tuple[int, ...], block_size: int
+    ) -> Int32[Array, "..."]:
+        """What is added before the cut to round at random: in a block spread evenly,
+        from a start that depends on the scale as if it were random. So the rounding of
+        one entry is random from step to step, and that of two blocks is independent,
+        for little more than an addition for each entry."""
+        start = mixed(lax.bitcast_convert_type(scale, np.uint32))
+        word = evenly_spread(spread(start, shape, block_size), shape)
+        return (word >> np.uint32(9 + self.bits)).astype(np.int32)
 
 
 class _Squares(NamedTuple):
-    """Numbers that are not negative: zero, and `2^bits` numbers from one power of two
-    to the next, over 63 powers of two, or half as many over 126.
-
-    With few bits, the numbers are spaced evenly in (almost) the logarithm: a pattern is
-    bent before its last bits are cut off.
-    """
+    """Numbers that are not negative: zero, and `2^bits` evenly spaced numbers from one
+    power of two to the next, over 63 powers of two. A block whose bound is more than
+    2^20 times its usual square has half as many numbers over 126 powers of two."""
 
     dtype: type[np.unsignedinteger[Any]]
     bits: int
     is_bent: bool
 
-    def encode(
-        self,
-        x: Array,
-        scales: tuple[Array, Array],
-        noise: Noise | None,
-        block_size: int,
-    ) -> tuple[Array, ...]:
-        to_entries = lambda per_block: spread(per_block, x.shape, block_size)
-        unit, halvings = _mode(*scales)
-        pattern = lax.bitcast_convert_type(x * to_entries(1 / unit), np.int32)
-        place = pattern - _LOWEST
-        if self.is_bent:
-            place += _bend(place & (_BINADE - 1))
-        place >>= to_entries(halvings)
-        chance = self._half if noise is None else self._chance(noise.turn, x.shape)
-        code = jnp.clip((place + chance) >> self._cut, 1, np.iinfo(self.dtype).max)
-        # For the last operation, see `_Signed`.
-        code = code.astype(self.dtype)
-        return jnp.where(x == 0, jnp.zeros_like(code), code), *scales
+    def scale(
+        self, bound: Array, usual: Array, seed: Array | None
+    ) -> Float[Array, "..."]:
+        """The scale of each block. It notes the exponent of the usual square."""
+        word = _random_bits(seed, bound.shape)
+        return _scale(_in_range(bound, 2.0**-63), word, usual)
 
-    def decode(self, parts: tuple[Array, ...], block_size: int) -> Array:
-        code, *scales = parts
-        to_entries = lambda per_block: spread(per_block, code.shape, block_size)
-        unit, halvings = _mode(*scales)
-        place = code.astype(np.int32) << to_entries(halvings)
-        pattern = (place << self._cut) + _LOWEST
+    def encode(
+        self, x: Array, scale: Array, seed: Array | None, block_size: int
+    ) -> Array:
+        to_entries = lambda per_block: spread(per_block, x.shape, block_size)
+        is_coarse = _is_coarse(scale)
+        inverse = to_entries(_inverse(self._unit(scale, is_coarse)))
+        place = lax.bitcast_convert_type(x * inverse, np.int32) - _LOWEST
+        place >>= to_entries(is_coarse.astype(np.int32))
         if self.is_bent:
-            pattern += _unbent(place & 3)
-        x = lax.bitcast_convert_type(pattern, np.float32) * to_entries(unit)
+            curve = jnp.where(is_coarse, _CURVES[1], _CURVES[0])
+            place += self._bend(place, to_entries(curve))
+        code = (place + self._chance(seed, x.shape)) >> self._cut
+        code = jnp.clip(code, 1, np.iinfo(self.dtype).max).astype(self.dtype)
+        # For the last operation, see `_Signed`.
+        return jnp.where(x == 0, jnp.zeros_like(code), code)
+
+    def decode(self, code: Array, scale: Array, block_size: int) -> Array:
+        to_entries = lambda per_block: spread(per_block, code.shape, block_size)
+        is_coarse = _is_coarse(scale)
+        cut = to_entries(self._cut + is_coarse.astype(np.int32))
+        pattern = (code.astype(np.int32) << cut) + _LOWEST
+        x = lax.bitcast_convert_type(pattern, np.float32)
+        x *= to_entries(self._unit(scale, is_coarse))
         return jnp.where(code == 0, jnp.zeros_like(x), x)
 
     @property
     def _cut(self) -> np.int32:
-        """The bits of a pattern that codes do not have."""
+        """How many bits of a pattern codes leave out."""
         return np.int32(23 - self.bits)
 
-    @property
-    def _half(self) -> np.int32:
-        """What is added before the cut to round to nearest."""
-        return np.int32(1 << (22 - self.bits))
+    def _unit(self, scale: Array, is_coarse: Array) -> Float[Array, "..."]:
+        factor = jnp.where(is_coarse, np.float32(2.0**-63), np.float32(1))
+        return _power_of_two(scale) * factor
 
-    def _chance(self, turn: Array, shape: tuple[int, ...]) -> Int32[Array, "..."]:
-        """What is added before the cut to round in turn."""
-        word = evenly_spread(turn, shape) >> np.uint32(9 + self.bits)
+    def _bend(self, place: Array, curve: Array) -> Int32[Array, "..."]:
+        """What to add to a place between two codes, so that it is (almost) the
+        logarithm that is rounded."""
+        size = 1 << int(self._cut)
+        part = (place & np.int32(size - 1)).astype(np.float32)
+        return (part * (curve - curve * np.float32(1 / size) * part)).astype(np.int32)
+
+    def _chance(
+        self, seed: Array | None, shape: tuple[int, ...]
+    ) -> Int32[Array, "..."] | np.int32:
+        """What is added before the cut to round in turn: from step to step, the seed
+        grows by a number that spreads this evenly."""
+        if seed is None:
+            return np.int32(1 << (22 - self.bits))
+        word = evenly_spread(seed, shape) >> np.uint32(9 + self.bits)
         return word.astype(np.int32)
 
 
-def _mode(
-    bound: Array, usual: Array
-) -> tuple[Float[Array, "..."], Int32[Array, "..."]]:
-    """The unit of each block, and how many times its places are halved."""
-    is_coarse = bound > _COARSE * usual
-    one = np.float32(1)
-    return _unit(bound, jnp.where(is_coarse, _LOWER, one)), is_coarse.astype(np.int32)
+# The pattern of the lowest number of an unsigned grid, in units.
+_LOWEST = np.int32((127 - 62) * _BINADE)
+
+#
+# Scales: a bound, whose last ten bits are a note
+#
+
+_NOTE = np.int32(2**10 - 1)
 
 
-def _unit(bound: Array, below: Array | np.float32) -> Float[Array, "..."]:
-    """The power of two of a bound, times another one. So a new bound moves no number of
-    a grid. A NaN where the bound is not finite."""
-    pattern = lax.bitcast_convert_type(bound, np.int32) & _EXPONENT
-    top = lax.bitcast_convert_type(pattern, np.float32)
-    # The inverse of the unit must be a normal number too.
-    unit = jnp.maximum(jnp.minimum(top, 1 / _SMALLEST) * below, _SMALLEST)
-    return unit + (top - top)
+def _scale(bound: Array, word: Array, note: Array) -> Float[Array, "..."]:
+    """A scale. The bound is rounded at random, so that also a bound that shrinks by
+    less than it is rounded to shrinks on average."""
+    pattern = lax.bitcast_convert_type(bound, np.int32) + (word & _NOTE)
+    return lax.bitcast_convert_type((pattern & ~_NOTE) | (note & _NOTE), np.float32)
 
 
-# The logarithm to base 2 of 1 + f, for f from 0 to 1, is about f + c f (1 - f). With
-# this c, a number that shrinks by a fixed small fraction in each step takes as many
-# steps to pass the four codes of a power of two as it takes to halve.
-_CURVE = 0.315
+def _bound(scale: Array) -> Float[Array, "..."]:
+    pattern = lax.bitcast_convert_type(scale, np.int32) & ~_NOTE
+    return lax.bitcast_convert_type(pattern, np.float32)
 
 
-def _bend(mantissa: Int32[Array, "..."]) -> Int32[Array, "..."]:
-    """What to add to a pattern whose last 23 bits are `mantissa`."""
-    f = mantissa.astype(np.float32)
-    slope = np.float32(_CURVE) - np.float32(_CURVE / _BINADE) * f
-    return (slope * f).astype(np.int32)
+def _note(scale: Array) -> Int32[Array, "..."]:
+    return lax.bitcast_convert_type(scale, np.int32) & _NOTE
 
 
-def _unbent_at(quarter: int) -> np.int32:
-    """What to add to a pattern that ends at a quarter of a power of two, so that, once
-    bent, it ends there."""
-    # The root of f + c f (1 - f) = quarter / 4.
-    b = 1 + _CURVE
-    f = (b - math.sqrt(b * b - _CURVE * quarter)) / (2 * _CURVE)
-    return np.int32(math.ceil(f * _BINADE) - quarter * (_BINADE // 4))
+def _random_bits(seed: Array | None, shape: tuple[int, ...]) -> Int32[Array, "..."]:
+    if seed is None:
+        return jnp.zeros(shape, np.int32)
+    word = mixed(evenly_spread(seed, shape)) >> np.uint32(22)
+    return word.astype(np.int32)
 
 
-_UNBENT = tuple(map(_unbent_at, range(4)))
+def _in_range(bound: Array, least: float) -> Float[Array, "..."]:
+    """A bound whose unit, and the inverse of that, are normal numbers. A NaN if the
+    bound is not finite."""
+    clipped = jnp.clip(bound, np.float32(least), np.float32(2.0**126))
+    return clipped + (bound - bound)
 
 
-def _unbent(quarter: Int32[Array, "..."]) -> Int32[Array, "..."]:
-    added = jnp.where(quarter == 1, _UNBENT[1], np.int32(0))
-    for i in (2, 3):
-        added = jnp.where(quarter == i, _UNBENT[i], added)
-    return added
+def _exponent(x: Array) -> Int32[Array, "..."]:
+    """The exponent of a number that is not negative, as float32 stores it: 0 for 0."""
+    return lax.bitcast_convert_type(x, np.int32) >> 23
 
+
+def _usual(old: Array, new: Array) -> Int32[Array, "..."]:
+    """The exponent of the usual largest square of a gradient in each block. In each
+    step it moves by at most one towards that of the last gradient, so that a spike
+    hardly moves it. A block without gradients keeps it."""
+    followed = jnp.where(old > 0, jnp.clip(new, old - 1, old + 1), new)
+    return jnp.where(new > 0, followed, old)
+
+
+def _is_coarse(scale: Array) -> Bool[Array, "..."]:
+    return _exponent(scale) - _note(scale) > 20
+
+
+def _power_of_two(scale: Array) -> Float[Array, "..."]:
+    """The power of two of a bound. So a new bound moves no number of a grid."""
+    pattern = lax.bitcast_convert_type(scale, np.int32) & _EXPONENT
+    return lax.bitcast_convert_type(pattern, np.float32)
+
+
+def _inverse(power_of_two: Array) -> Float[Array, "..."]:
+    """One over a power of two, without a division: XLA on CPUs would store the result
+    of one for the blocks of each moment of each leaf."""
+    pattern = 2 * _ONE - lax.bitcast_convert_type(power_of_two, np.int32)
+    return lax.bitcast_convert_type(pattern, np.float32)
+
+
+def _curve(steps: int) -> np.float32:
+    r"""A number $\kappa$ for the bend $u + \kappa u (1 - u)$ of the part $u$ of the way
+    from one of the codes to the next, if there are `steps` of them from one power of
+    two to the next.
+
+    A number $x$ with the code $x$ that shrinks by a small factor $1 - \delta$ moves by
+    $(1 - \kappa) \delta x$ times `steps` codes. In turn, it stays there for the inverse
+    of that many steps. With this $\kappa$, these times add up to the time in which $x$
+    halves, $\log 2 / \delta$.
+    """
+    stays = sum(1 / (steps + i) for i in range(1, steps + 1))
+    return np.float32(1 - stays / math.log(2))
+
+
+# Of four steps, and of the two steps of a block with fewer numbers.
+_CURVES = _curve(4), _curve(2)
 
 _SIGNED = {
     8: _Signed(np.int8, 2, is_dithered=False),
