@@ -4,6 +4,7 @@ A decay is given by its complement, `1 - decay`, which is the number that carrie
 precision: of 0.9999, float32 keeps only four significant digits of it.
 """
 
+import functools as ft
 import math
 import zlib
 from collections.abc import Callable
@@ -232,14 +233,11 @@ def _word(x: int | Integer[Array, ""]) -> UInt32[Array, ""]:
     return jnp.asarray(np.uint32(x) if isinstance(x, int) else x).astype(np.uint32)
 
 
-def seed_at(
-    count: Integer[Array, ""], path: UInt32[Array, "2"], name: str
-) -> UInt32[Array, ""]:
-    """What the rounding in one step depends on, from the counter, the path of a leaf,
-    as `path_words` gives it, and the name of a moment. It grows by an odd number in
-    every step."""
+def seed_at(count: Integer[Array, ""], path: UInt32[Array, "2"]) -> UInt32[Array, ""]:
+    """What the rounding of a leaf in one step depends on, from the counter and the
+    path, as `path_words` gives it. It grows by an odd number in every step."""
     count = count.astype(np.uint32)
-    return path[count & np.uint32(1)] + count * _SILVER + np.uint32(text_hash(name))
+    return path[count & np.uint32(1)] + count * _SILVER
 
 
 def path_words(path: str) -> np.ndarray:
@@ -251,12 +249,12 @@ def path_words(path: str) -> np.ndarray:
 
 
 def evenly_spread(
-    start: UInt32[Array, "..."], shape: tuple[int, ...]
+    start: UInt32[Array, "..."], shape: tuple[int, ...], axis: int = 0
 ) -> UInt32[Array, "..."]:
     """32 bits for each position of an array. As fractions of 2^32, they are spread
     evenly over neighboring positions (a Weyl sequence). `start` is added to them: one
-    number, or one for each position."""
-    return _positions(shape) * _GOLDEN + start
+    number, or one for each position. Only the axes from `axis` on are told apart."""
+    return _positions(shape, axis) * _GOLDEN + start
 
 
 def uniform(seed: UInt32[Array, ""], shape: tuple[int, ...]) -> Float[Array, "..."]:
@@ -283,17 +281,22 @@ def up_or_down(x: Float[Array, "..."], chance: Array | np.float32) -> Array:
     return jnp.where(x - below > chance, below + 1, below)
 
 
-def _positions(shape: tuple[int, ...]) -> UInt32[Array, "..."]:
-    """The number of each entry, in row-major order."""
-    position = jnp.zeros(shape, np.uint32)
-    for axis, stride in enumerate(_strides(shape)):
-        along = lax.broadcasted_iota(np.uint32, shape, axis)
-        position = position + along * np.uint32(stride)
-    return position
+def _positions(shape: tuple[int, ...], first: int = 0) -> UInt32[Array, "..."]:
+    """The number of each entry, in row-major order, along the axes from `first` on."""
+    along = [
+        lax.broadcasted_iota(np.uint32, shape, axis)
+        * np.uint32(math.prod(shape[axis + 1 :]) % 2**32)
+        for axis in range(first, len(shape) - 1)
+    ]
+    if first < len(shape):
+        along.append(lax.broadcasted_iota(np.uint32, shape, len(shape) - 1))
+    return ft.reduce(lax.add, along) if along else jnp.zeros(shape, np.uint32)
 
 
-def _strides(shape: tuple[int, ...]) -> list[int]:
-    return [math.prod(shape[axis + 1 :]) % 2**32 for axis in range(len(shape))]
+def scrambled(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
+    """The first steps of `mixed`, which make the first bits depend on all bits."""
+    x = x * np.uint32(0x85EBCA6B)
+    return (x ^ (x >> np.uint32(16))) * np.uint32(0xC2B2AE35)
 
 
 def mixed(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:

@@ -49,6 +49,7 @@ from ._numerics import (
     path_words,
     saturated,
     seed_at,
+    text_hash,
     times,
 )
 from ._optimizer import AbstractOptimizer, hash_of
@@ -273,7 +274,7 @@ def _leaf_step(
     kept = [x.dtype for x in old if x is not None]
     raw = cast(g, real)
     g = clip_magnitude(raw, largest_gradient(*kept))
-    bounds = _bounds(rule, g, old, h)
+    bounds = _bounds(rule, g if jnp.iscomplexobj(g) else raw, old, h)
     # What is encoded within bounds is clipped by them.
     missing = [m for m, x in zip(old, bounds, strict=True) if x is None]
     is_bounded = not jnp.iscomplexobj(g) and missing in ([], [None])
@@ -311,20 +312,26 @@ def _bounds(
 ) -> Moments[Bounds]:
     """Bounds of the new moments, for the codecs that take them: the rule itself,
     applied to the bounds of the old ones and to the largest gradient of each block."""
-    real, largest = h.learning_rate.dtype, dict[int, Array]()
+    real = h.learning_rate.dtype
+    codecs = [_bounded_codec(stored) for stored in old]
+    bounds: list[Bounds | None] = [None] * len(codecs)
+    for size in dict.fromkeys(codec.block_size for codec in codecs if codec):
+        same = [c if c and c.block_size == size else None for c in codecs]
+        top = next(codec for codec in same if codec).largest(g).astype(real)
+        before = [
+            codec.bound(stored.real).astype(real) if codec else top
+            for codec, stored in zip(same, old, strict=True)
+        ]
+        after = rule.averages(top, Moments(*before), h)
+        for i, codec in enumerate(same):
+            if codec:
+                bounds[i] = Bounds(*(x.astype(np.float32) for x in (after[i], top)))
+    return Moments(*bounds)
 
-    def of(stored: Stored | None, which: int) -> Bounds | None:
-        codec = stored.codec if isinstance(stored, Encoded) else None
-        if not isinstance(codec, AbstractBounded):
-            return None
-        if codec.block_size not in largest:
-            largest[codec.block_size] = codec.largest(g)
-        top = largest[codec.block_size].astype(real)
-        bound = codec.bound(stored.real).astype(real)
-        bound = rule.averages(top, Moments(bound, bound, bound), h)[which]
-        return Bounds(bound.astype(np.float32), top.astype(np.float32))
 
-    return Moments(*(of(stored, which) for which, stored in enumerate(old)))
+def _bounded_codec(stored: Stored | None) -> AbstractBounded | None:
+    codec = stored.codec if isinstance(stored, Encoded) else None
+    return codec if isinstance(codec, AbstractBounded) else None
 
 
 def _stored(
@@ -336,10 +343,11 @@ def _stored(
 ) -> tuple[Moments[Array], Moments[Stored]]:
     """What the direction is computed from, and what the state keeps. Random rounding
     depends on the counter, on the leaf's path and on the moment's name."""
+    seed = seed_at(*key)
     pairs = [
         (None, None)
         if x is None or m is None
-        else store(x, m, seed_at(*key, str(name)), bound)
+        else store(x, m, seed + np.uint32(text_hash(str(name))), bound)
         for x, m, name, bound in zip(new, old, names, bounds, strict=True)
     ]
     (m1, m2, nu), stored = zip(*pairs, strict=True)

@@ -1,6 +1,5 @@
 """Blocks of entries that share a scale. They lie along the rows of an array."""
 
-import functools as ft
 import math
 
 import jax
@@ -16,9 +15,9 @@ from .codec import is_explicit
 # Entries that a row has at the least. A scale of four bytes for 64 codes of one byte
 # adds 6 %; for shorter rows it would add more.
 _SHORTEST_ROW = 64
-# Entries that one pass of a reduction combines. XLA on CPUs materializes the input of a
-# reduction of more than 32.
-_REDUCED = 16
+# Entries in a part of a block. XLA on CPUs materializes the input of a reduction of more
+# than these.
+_PART = 32
 
 
 def rows(shape: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
@@ -30,34 +29,36 @@ def rows(shape: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
     return shape[: max(axis, 0)], math.prod(shape[max(axis, 0) :])
 
 
-def largest(x: Inexact[Array, "..."], block_size: int) -> Float[Array, "..."]:
-    """The largest magnitude in each block, or a NaN if the block has one. The bit
-    patterns of magnitudes, read as integers, are ordered as the magnitudes are, with
-    NaNs above infinities, and XLA on CPUs finds the maximum of integers faster."""
+def partial_maxima(x: Inexact[Array, "..."], block_size: int) -> Float[Array, "..."]:
+    """The largest magnitudes in the parts of each block, or NaNs for parts that have
+    one. The maximum over the last axis is left to do. Bit patterns of magnitudes, read
+    as integers, are ordered as the magnitudes are, with NaNs above infinities, and XLA
+    on CPUs finds the maximum of integers faster."""
     pattern = lax.bitcast_convert_type(jnp.abs(x).astype(np.float32), np.int32)
     lead, length = rows(x.shape)
     block = min(block_size, length) or 1
     pattern = _with_whole_rows(pattern, block).reshape(*lead, length)
     count, rest = divmod(length, block)
-    blocks = pattern[..., : count * block].reshape(*lead, count, block)
-    maxima = _maximum(blocks)
+    whole = pattern[..., : count * block].reshape(*lead, count, block)
+    maxima = _maxima_of_parts(whole)
     if rest or not length:
-        last = _maximum(pattern[..., count * block :])
-        maxima = jnp.concatenate([maxima, last[..., None]], axis=-1)
+        last = _maxima_of_parts(pattern[..., None, count * block :])
+        missing = maxima.shape[-1] - last.shape[-1]
+        last = jnp.pad(last, [(0, 0)] * (last.ndim - 1) + [(0, missing)])
+        maxima = jnp.concatenate([maxima, last], axis=-2)
     return lax.bitcast_convert_type(maxima, np.float32)
 
 
-def _maximum(x: Int32[Array, "..."]) -> Int32[Array, "..."]:
-    """The maximum along the last axis. Nothing is padded, since XLA on CPUs would
-    materialize that."""
-    rests: list[Array] = []
-    while x.shape[-1] > 2 * _REDUCED:
-        whole = x.shape[-1] // _REDUCED * _REDUCED
-        if whole < x.shape[-1]:
-            rests.append(jnp.max(x[..., whole:], axis=-1))
-        x = x[..., :whole].reshape(*x.shape[:-1], whole // _REDUCED, _REDUCED)
-        x = jnp.max(x, axis=-1)
-    return ft.reduce(jnp.maximum, rests, jnp.max(x, axis=-1, initial=0))
+def _maxima_of_parts(x: Int32[Array, "..."]) -> Int32[Array, "..."]:
+    """The maxima of parts along the last axis. Nothing is padded, since XLA on CPUs
+    would materialize that."""
+    count, rest = divmod(x.shape[-1], _PART)
+    whole = x[..., : count * _PART].reshape(*x.shape[:-1], count, _PART)
+    maxima = jnp.max(whole, axis=-1)
+    if not rest and count:
+        return maxima
+    last = jnp.max(x[..., count * _PART :], axis=-1, initial=0, keepdims=True)
+    return jnp.concatenate([maxima, last], axis=-1)
 
 
 def spread(per_block: Array, shape: tuple[int, ...], block_size: int) -> Array:

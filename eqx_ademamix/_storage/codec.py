@@ -230,11 +230,13 @@ class AbstractBounded(AbstractCodec):
 
     @abc.abstractmethod
     def largest(self, x: Array) -> Float[Array, "..."]:
-        """The largest magnitude in each block of an array."""
+        """The largest magnitudes in the parts of each block of an array. The last axis
+        has the parts."""
 
     @abc.abstractmethod
     def bound(self, parts: tuple[Array, ...]) -> Float[Array, "..."]:
-        """The bounds that an array was encoded with."""
+        """The bound of each block that an array was encoded with, with one more axis of
+        size one."""
 
     @abc.abstractmethod
     def encode_bounded(

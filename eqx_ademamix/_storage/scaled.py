@@ -9,12 +9,12 @@ import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Float, Int32
 
-from .._numerics import evenly_spread, mixed
+from .._numerics import evenly_spread, scrambled
 from .._paths import describe
 from .._typing import no_type_check
-from .blocks import largest, spread
+from .blocks import partial_maxima, rows, spread
 from .codec import AbstractBounded, Bounds
 
 
@@ -41,8 +41,9 @@ class AbstractScaled(AbstractBounded):
     @no_type_check
     def encode_real(self, value: Array, seed: Array | None) -> tuple[Array, ...]:
         """See [`eqx_ademamix.AbstractCodec`][]."""
-        bound = self.largest(value)
-        return self._encode(value, bound, _exponent(bound), seed)
+        largest = self.largest(value)
+        root = largest if self.signed else jnp.sqrt(largest)
+        return self._encode(value, Bounds(largest, root), None, seed)
 
     @no_type_check
     def decode_real(self, parts: tuple[Array, ...]) -> Array:
@@ -50,21 +51,24 @@ class AbstractScaled(AbstractBounded):
         return self._grid.decode(*parts, self.block_size)
 
     def largest(self, x: Array) -> Float[Array, "..."]:
-        return largest(x, self.block_size)
+        return partial_maxima(x, self.block_size)
 
     def bound(self, parts: tuple[Array, ...]) -> Float[Array, "..."]:
-        return _bound(parts[1])
+        return self._grid.bound(parts[1])[..., None]
 
     def encode_bounded(
         self, value: Array, bounds: Bounds, old: tuple[Array, ...], seed: Array
     ) -> tuple[Array, ...]:
-        usual = _usual(_note(old[1]), _exponent(jnp.square(bounds.gradient)))
-        return self._encode(value, bounds.moment, usual, seed)
+        return self._encode(value, bounds, old[1], seed)
 
     def _encode(
-        self, value: Array, bound: Array, usual: Array, seed: Array | None
+        self, value: Array, bounds: Bounds, old: Array | None, seed: Array | None
     ) -> tuple[Array, ...]:
-        scale = self._grid.scale(bound, usual, seed)
+        # The maximum of each block comes last, and it is that of the patterns, since
+        # they are ordered as the bounds are. XLA on CPUs computes everything else again
+        # in each kernel that uses it, but no reduction.
+        patterns = self._grid.scales(bounds, old, seed)
+        scale = _number(jnp.max(patterns, axis=-1))
         return self._grid.encode(value, scale, seed, self.block_size), scale
 
 
@@ -204,45 +208,47 @@ class _Signed(NamedTuple):
     bits: int
     is_dithered: bool
 
-    def scale(
-        self, bound: Array, usual: Array, seed: Array | None
-    ) -> Float[Array, "..."]:
-        """The scale of each block. It notes random bits, on which the rounding
-        depends."""
-        del usual
-        word = _random_bits(seed, bound.shape)
-        return _scale(_in_range(bound, 2.0**-96), word, word)
+    def bound(self, scale: Array) -> Float[Array, "..."]:
+        """The bound of each block. Random last bits do not change its mean."""
+        return scale
+
+    def scales(
+        self, bounds: Bounds, old: Array | None, seed: Array | None
+    ) -> Int32[Array, "..."]:
+        """The patterns of the scales: bounds whose last ten bits are random. The
+        rounding depends on these."""
+        del old
+        pattern = _pattern(_in_range(bounds, 2.0**-96))
+        return (pattern & _BOUND) | _random_note(seed, pattern.shape)
 
     def encode(
         self, x: Array, scale: Array, seed: Array | None, block_size: int
     ) -> Array:
-        inverse = spread(_inverse(self._unit(scale)), x.shape, block_size)
-        size = jnp.abs(x) * inverse + np.float32(1)
-        place = lax.bitcast_convert_type(size, np.int32) - _ONE
-        place = jnp.minimum(place, self._last)
+        to_entries = lambda per_block: spread(per_block, x.shape, block_size)
+        size = jnp.abs(x) * to_entries(_inverse(self._unit(scale))) + np.float32(1)
+        place = lax.min(_pattern(size) - _ONE, self._last(x.shape))
         is_random = self.is_dithered or seed is not None
         chance = self._chance(scale, x.shape, block_size) if is_random else self._half
         # The last operation must have two arrays as inputs. XLA on CPUs computes an
         # operation on a single array again wherever it is used, and copies the old
         # codes to do so.
         if self.is_dithered:
-            place = jnp.where(x < 0, -place, place)
+            place = lax.select(x < 0, -place, place)
             code = ((place + chance) >> self._cut).astype(self.dtype)
-            return jnp.where(x == 0, jnp.full_like(code, self._zero), code)
+            return lax.select(x == 0, lax.full_like(code, self._zero), code)
         code = ((place + chance) >> self._cut).astype(self.dtype)
-        return jnp.where(x < 0, -code, code)
+        return lax.select(x < 0, -code, code)
 
     def decode(self, code: Array, scale: Array, block_size: int) -> Array:
         place = code.astype(np.int32) << self._cut
         if self.is_dithered:
             place += self._half - self._chance(scale, code.shape, block_size)
-        size = lax.bitcast_convert_type(jnp.abs(place) + _ONE, np.float32)
-        unit = spread(self._unit(scale), code.shape, block_size)
-        size = (size - np.float32(1)) * unit
-        x = jnp.where(place < 0, -size, size)
+        size = _number(lax.abs(place) + _ONE) - np.float32(1)
+        size *= spread(self._unit(scale), code.shape, block_size)
+        x = lax.select(place < 0, -size, size)
         if not self.is_dithered:
             return x
-        return jnp.where(code == self._zero, jnp.zeros_like(x), x)
+        return lax.select(code == self._zero, lax.full_like(x, 0), x)
 
     @property
     def _cut(self) -> np.int32:
@@ -260,10 +266,10 @@ class _Signed(NamedTuple):
         zero gets a code that no other number has."""
         return np.iinfo(self.dtype).min if self.is_dithered else 0
 
-    @property
-    def _last(self) -> np.int32:
+    def _last(self, shape: tuple[int, ...]) -> Int32[Array, "..."]:
         """The last place but one."""
-        return np.int32((np.iinfo(self.dtype).max - 1) << int(self._cut))
+        place = (np.iinfo(self.dtype).max - 1) << int(self._cut)
+        return lax.full(shape, np.int32(place))
 
     def _unit(self, scale: Array) -> Float[Array, "..."]:
         return _power_of_two(scale) * np.float32(2.0**-30)
@@ -275,8 +281,9 @@ class _Signed(NamedTuple):
         from a start that depends on the scale as if it were random. So the rounding of
         one entry is random from step to step, and that of two blocks is independent,
         for little more than an addition for each entry."""
-        start = mixed(lax.bitcast_convert_type(scale, np.uint32))
-        word = evenly_spread(spread(start, shape, block_size), shape)
+        start = scrambled(lax.bitcast_convert_type(scale, np.uint32))
+        axis = len(rows(shape)[0])
+        word = evenly_spread(spread(start, shape, block_size), shape, axis)
         return (word >> np.uint32(9 + self.bits)).astype(np.int32)
 
 
@@ -289,46 +296,54 @@ class _Squares(NamedTuple):
     bits: int
     is_bent: bool
 
-    def scale(
-        self, bound: Array, usual: Array, seed: Array | None
-    ) -> Float[Array, "..."]:
-        """The scale of each block. It notes the exponent of the usual square."""
-        word = _random_bits(seed, bound.shape)
-        return _scale(_in_range(bound, 2.0**-63), word, usual)
+    def bound(self, scale: Array) -> Float[Array, "..."]:
+        """The bound of each block."""
+        return _number(_pattern(scale) & _BOUND)
+
+    def scales(
+        self, bounds: Bounds, old: Array | None, seed: Array | None
+    ) -> Int32[Array, "..."]:
+        """The patterns of the scales: bounds whose last ten bits note the exponent of
+        the usual square. A bound is rounded to the other bits at random, so that one
+        that shrinks by less than their last place shrinks on average."""
+        pattern = _pattern(_in_range(bounds, 2.0**-63))
+        usual = _exponent(jnp.square(bounds.gradient))
+        if old is not None:
+            usual = _followed(_note(old)[..., None], usual)
+        return ((pattern + _random_note(seed, pattern.shape)) & _BOUND) | usual
 
     def encode(
         self, x: Array, scale: Array, seed: Array | None, block_size: int
     ) -> Array:
         to_entries = lambda per_block: spread(per_block, x.shape, block_size)
-        is_coarse = _is_coarse(scale)
-        inverse = to_entries(_inverse(self._unit(scale, is_coarse)))
-        place = lax.bitcast_convert_type(x * inverse, np.int32) - _LOWEST
-        place >>= to_entries(is_coarse.astype(np.int32))
+        halvings = _halvings(scale)
+        size = x * to_entries(_inverse(self._unit(scale, halvings)))
+        place = (_pattern(size) - _LOWEST) >> to_entries(halvings)
         if self.is_bent:
-            curve = jnp.where(is_coarse, _CURVES[1], _CURVES[0])
+            fine, coarse = (lax.full_like(scale, curve) for curve in _CURVES)
+            curve = lax.select(halvings == 0, fine, coarse)
             place += self._bend(place, to_entries(curve))
         code = (place + self._chance(seed, x.shape)) >> self._cut
-        code = jnp.clip(code, 1, np.iinfo(self.dtype).max).astype(self.dtype)
+        last = np.int32(np.iinfo(self.dtype).max)
+        code = lax.clamp(np.int32(1), code, last).astype(self.dtype)
         # For the last operation, see `_Signed`.
-        return jnp.where(x == 0, jnp.zeros_like(code), code)
+        return lax.select(x == 0, lax.full_like(code, 0), code)
 
     def decode(self, code: Array, scale: Array, block_size: int) -> Array:
         to_entries = lambda per_block: spread(per_block, code.shape, block_size)
-        is_coarse = _is_coarse(scale)
-        cut = to_entries(self._cut + is_coarse.astype(np.int32))
-        pattern = (code.astype(np.int32) << cut) + _LOWEST
-        x = lax.bitcast_convert_type(pattern, np.float32)
-        x *= to_entries(self._unit(scale, is_coarse))
-        return jnp.where(code == 0, jnp.zeros_like(x), x)
+        halvings = _halvings(scale)
+        place = code.astype(np.int32) << to_entries(halvings + self._cut)
+        x = _number(place + _LOWEST) * to_entries(self._unit(scale, halvings))
+        return lax.select(code == 0, lax.full_like(x, 0), x)
 
     @property
     def _cut(self) -> np.int32:
         """How many bits of a pattern codes leave out."""
         return np.int32(23 - self.bits)
 
-    def _unit(self, scale: Array, is_coarse: Array) -> Float[Array, "..."]:
-        factor = jnp.where(is_coarse, np.float32(2.0**-63), np.float32(1))
-        return _power_of_two(scale) * factor
+    def _unit(self, scale: Array, halvings: Array) -> Float[Array, "..."]:
+        fine, coarse = lax.full_like(scale, 1), lax.full_like(scale, 2.0**-63)
+        return _power_of_two(scale) * lax.select(halvings == 0, fine, coarse)
 
     def _bend(self, place: Array, curve: Array) -> Int32[Array, "..."]:
         """What to add to a place between two codes, so that it is (almost) the
@@ -350,72 +365,65 @@ class _Squares(NamedTuple):
 
 # The pattern of the lowest number of an unsigned grid, in units.
 _LOWEST = np.int32((127 - 62) * _BINADE)
-
-#
-# Scales: a bound, whose last ten bits are a note
-#
-
-_NOTE = np.int32(2**10 - 1)
+# The last bits of a scale, and the others without the sign, which a NaN may have.
+_NOTE = np.int32(0x000003FF)
+_BOUND = np.int32(0x7FFFFC00)
 
 
-def _scale(bound: Array, word: Array, note: Array) -> Float[Array, "..."]:
-    """A scale. The bound is rounded at random, so that also a bound that shrinks by
-    less than it is rounded to shrinks on average."""
-    pattern = lax.bitcast_convert_type(bound, np.int32) + (word & _NOTE)
-    return lax.bitcast_convert_type((pattern & ~_NOTE) | (note & _NOTE), np.float32)
+def _pattern(x: Array) -> Int32[Array, "..."]:
+    return lax.bitcast_convert_type(x, np.int32)
 
 
-def _bound(scale: Array) -> Float[Array, "..."]:
-    pattern = lax.bitcast_convert_type(scale, np.int32) & ~_NOTE
+def _number(pattern: Array) -> Float[Array, "..."]:
     return lax.bitcast_convert_type(pattern, np.float32)
 
 
 def _note(scale: Array) -> Int32[Array, "..."]:
-    return lax.bitcast_convert_type(scale, np.int32) & _NOTE
+    return _pattern(scale) & _NOTE
 
 
-def _random_bits(seed: Array | None, shape: tuple[int, ...]) -> Int32[Array, "..."]:
+def _random_note(seed: Array | None, shape: tuple[int, ...]) -> Int32[Array, "..."]:
+    """Random last bits for the scale of each block."""
     if seed is None:
-        return jnp.zeros(shape, np.int32)
-    word = mixed(evenly_spread(seed, shape)) >> np.uint32(22)
-    return word.astype(np.int32)
+        return jnp.zeros((*shape[:-1], 1), np.int32)
+    word = evenly_spread(seed, shape[:-1]) >> np.uint32(22)
+    return word.astype(np.int32)[..., None]
 
 
-def _in_range(bound: Array, least: float) -> Float[Array, "..."]:
-    """A bound whose unit, and the inverse of that, are normal numbers. A NaN if the
-    bound is not finite."""
-    clipped = jnp.clip(bound, np.float32(least), np.float32(2.0**126))
-    return clipped + (bound - bound)
+def _in_range(bounds: Bounds, least: float) -> Float[Array, "..."]:
+    """Bounds whose units, and the inverses of these, are normal numbers. A NaN if a
+    gradient is not finite."""
+    bound = lax.clamp(np.float32(least), bounds.moment, np.float32(2.0**126))
+    return bound + (bounds.gradient - bounds.gradient)
 
 
 def _exponent(x: Array) -> Int32[Array, "..."]:
     """The exponent of a number that is not negative, as float32 stores it: 0 for 0."""
-    return lax.bitcast_convert_type(x, np.int32) >> 23
+    return _pattern(x) >> np.int32(23)
 
 
-def _usual(old: Array, new: Array) -> Int32[Array, "..."]:
+def _followed(old: Array, new: Array) -> Int32[Array, "..."]:
     """The exponent of the usual largest square of a gradient in each block. In each
     step it moves by at most one towards that of the last gradient, so that a spike
     hardly moves it. A block without gradients keeps it."""
-    followed = jnp.where(old > 0, jnp.clip(new, old - 1, old + 1), new)
-    return jnp.where(new > 0, followed, old)
+    near = lax.max(old - 1, lax.min(new, old + 1))
+    return jnp.where(new == 0, old, jnp.where(old == 0, new, near))
 
 
-def _is_coarse(scale: Array) -> Bool[Array, "..."]:
-    return _exponent(scale) - _note(scale) > 20
+def _halvings(scale: Array) -> Int32[Array, "..."]:
+    """How many times the places of each block are halved: 1 or 0."""
+    return (_exponent(scale) - _note(scale) > np.int32(20)).astype(np.int32)
 
 
 def _power_of_two(scale: Array) -> Float[Array, "..."]:
     """The power of two of a bound. So a new bound moves no number of a grid."""
-    pattern = lax.bitcast_convert_type(scale, np.int32) & _EXPONENT
-    return lax.bitcast_convert_type(pattern, np.float32)
+    return _number(_pattern(scale) & _EXPONENT)
 
 
 def _inverse(power_of_two: Array) -> Float[Array, "..."]:
     """One over a power of two, without a division: XLA on CPUs would store the result
     of one for the blocks of each moment of each leaf."""
-    pattern = 2 * _ONE - lax.bitcast_convert_type(power_of_two, np.int32)
-    return lax.bitcast_convert_type(pattern, np.float32)
+    return _number(2 * _ONE - _pattern(power_of_two))
 
 
 def _curve(steps: int) -> np.float32:
