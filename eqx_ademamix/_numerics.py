@@ -237,7 +237,7 @@ def seed_at(count: Integer[Array, ""], path: UInt32[Array, "2"]) -> UInt32[Array
     """What the rounding of a leaf in one step depends on, from the counter and the
     path, as `path_words` gives it. It grows by an odd number in every step."""
     count = count.astype(np.uint32)
-    return path[count & np.uint32(1)] + count * _SILVER
+    return path[count & np.uint32(1)] + count * _GOLDEN
 
 
 def path_words(path: str) -> np.ndarray:
@@ -249,7 +249,7 @@ def path_words(path: str) -> np.ndarray:
 
 
 def evenly_spread(
-    start: UInt32[Array, "..."], shape: tuple[int, ...], axis: int = 0
+    start: UInt32[Array, "..."] | np.uint32, shape: tuple[int, ...], axis: int = 0
 ) -> UInt32[Array, "..."]:
     """32 bits for each position of an array. As fractions of 2^32, they are spread
     evenly over neighboring positions (a Weyl sequence). `start` is added to them: one
@@ -294,7 +294,8 @@ def _positions(shape: tuple[int, ...], first: int = 0) -> UInt32[Array, "..."]:
 
 
 def scrambled(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
-    """The first steps of `mixed`, which make the first bits depend on all bits."""
+    """Fewer steps than `mixed` takes, so that only the first bits depend on all bits
+    as if they were random."""
     x = x * np.uint32(0x85EBCA6B)
     return (x ^ (x >> np.uint32(16))) * np.uint32(0xC2B2AE35)
 
@@ -312,5 +313,3 @@ def mixed(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
 # 2^32 divided by the golden ratio, an odd number. Multiples of it, modulo 2^32, spread
 # neighboring integers evenly (Knuth, The Art of Computer Programming 3, section 6.4).
 _GOLDEN = np.uint32(0x9E3779B9)
-# The same with the square root of two, whose multiples are spread almost as evenly.
-_SILVER = np.uint32(0x6A09E667)

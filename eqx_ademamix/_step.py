@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeAlias
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 from beartype import beartype
@@ -272,14 +271,9 @@ def _leaf_step(
     old = Moments(m1, m2, nu)
     real, like = h.learning_rate.dtype, g if p is None else p
     kept = [x.dtype for x in old if x is not None]
-    raw = cast(g, real)
-    g = clip_magnitude(raw, largest_gradient(*kept))
-    bounds = _bounds(rule, g if jnp.iscomplexobj(g) else raw, old, h)
-    # What is encoded within bounds is clipped by them.
-    missing = [m for m, x in zip(old, bounds, strict=True) if x is None]
-    is_bounded = not jnp.iscomplexobj(g) and missing in ([], [None])
-    averages = rule.averages(raw if is_bounded else g, _decoded(old, real), h)
-    averages, stored = _stored(averages, old, names, key, bounds)
+    g = clip_magnitude(cast(g, real), largest_gradient(*kept))
+    averages = rule.averages(g, _decoded(old, real), h)
+    averages, stored = _stored(averages, old, names, key, _bounds(rule, g, old, h))
     u = saturated(rule.direction(g, averages, h))
     rate = _rate(h.learning_rate, scale, g.ndim)
     if decay is WeightDecay.none or p is None:
@@ -309,29 +303,24 @@ def _decoded(old: Moments[Stored], real: DType) -> Moments[Array]:
 
 def _bounds(
     rule: Rule, g: Array, old: Moments[Stored], h: AbstractHyperparams
-) -> Moments[Bounds]:
+) -> list[Bounds | None]:
     """Bounds of the new moments, for the codecs that take them: the rule itself,
     applied to the bounds of the old ones and to the largest gradient of each block."""
-    real = h.learning_rate.dtype
-    codecs = [_bounded_codec(stored) for stored in old]
-    bounds: list[Bounds | None] = [None] * len(codecs)
-    for size in dict.fromkeys(codec.block_size for codec in codecs if codec):
-        same = [c if c and c.block_size == size else None for c in codecs]
-        top = next(codec for codec in same if codec).largest(g).astype(real)
-        before = [
-            codec.bound(stored.real).astype(real) if codec else top
-            for codec, stored in zip(same, old, strict=True)
-        ]
+    real, bounded = h.learning_rate.dtype, dict[int, tuple[AbstractBounded, Array]]()
+    for which, stored in enumerate(old):
+        if isinstance(stored, Encoded) and isinstance(stored.codec, AbstractBounded):
+            bounded[which] = stored.codec, stored.codec.bound(stored.real).astype(real)
+    found: list[Bounds | None] = [None] * len(old)
+    for size in {codec.block_size: None for codec, _ in bounded.values()}:
+        same = {i: x for i, x in bounded.items() if x[0].block_size == size}
+        (codec, _), *_ = same.values()
+        top = codec.largest(g).astype(real)
+        before = [same[i][1] if i in same else top for i in range(len(old))]
         after = rule.averages(top, Moments(*before), h)
-        for i, codec in enumerate(same):
-            if codec:
-                bounds[i] = Bounds(*(x.astype(np.float32) for x in (after[i], top)))
-    return Moments(*bounds)
-
-
-def _bounded_codec(stored: Stored | None) -> AbstractBounded | None:
-    codec = stored.codec if isinstance(stored, Encoded) else None
-    return codec if isinstance(codec, AbstractBounded) else None
+        for i, x in enumerate(after):
+            if i in same and x is not None:
+                found[i] = Bounds(x.astype(np.float32), top.astype(np.float32))
+    return found
 
 
 def _stored(
@@ -339,7 +328,7 @@ def _stored(
     old: Moments[Stored],
     names: Moments[str],
     key: Key,
-    bounds: Moments[Bounds],
+    bounds: list[Bounds | None],
 ) -> tuple[Moments[Array], Moments[Stored]]:
     """What the direction is computed from, and what the state keeps. Random rounding
     depends on the counter, on the leaf's path and on the moment's name."""

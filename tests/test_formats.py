@@ -170,11 +170,11 @@ def test_report():
     params = {"bias": jnp.zeros(256), "weight": jnp.zeros((64, 256))}
     optim = AdEMAMix(1e-3, b1=0, state_format=StateFormat.compact())
     assert state_report(eqx_ademamix.init(optim, params)) == (
-        "The state takes 51,340 bytes, 3.09 per parameter.\n"
+        "The state takes 51,720 bytes, 3.11 per parameter.\n"
         "\n"
         "  path        shape      m1    m2             nu            bytes\n"
         "  ['bias']    (256,)     none  float32        float32        8.00\n"
-        "  ['weight']  (64, 256)  none  ScaledFloat16  ScaledFloat8   3.01"
+        "  ['weight']  (64, 256)  none  ScaledFloat16  ScaledFloat8   3.03"
     )
     example = str(state_report.__doc__).split("```text\n")[1].split("```")[0]
     example = textwrap.dedent(example).rstrip()  # Python 3.13 dedents it by itself
@@ -545,7 +545,7 @@ def test_to_and_from_optax_and_adamw():
     assert eqx.tree_equal(decoded(back).nu, dense.nu)
     for x, y, bound in (
         (decoded(back).m1, dense.m1, 1 / 10_000),
-        (decoded(back).m2, dense.m2, 1 / 2520),
+        (decoded(back).m2, dense.m2, 1 / 2048),
     ):
         near = jax.tree.map(
             lambda a, b, bound=bound: bool(
@@ -576,8 +576,8 @@ def test_from_torch():
     optim = AdEMAMix(1e-3, state_format=StateFormat.compact())
     state = eqx_ademamix.from_torch(state_dict, optim, params, {"['w']": 0})
     assert tree_type(state) == tree_type(optim.init(params))
-    np.testing.assert_allclose(decoded(state).m2["w"], x, rtol=1 / 2500)
-    np.testing.assert_allclose(decoded(state).nu["w"], x**2, rtol=0.09)
+    np.testing.assert_allclose(decoded(state).m2["w"], x, rtol=1.01 * 2**-11)
+    np.testing.assert_allclose(decoded(state).nu["w"], x**2, rtol=0.1)
 
 
 def test_serialisation(tmp_path: Any):

@@ -15,8 +15,8 @@ from .codec import is_explicit
 # Entries that a row has at the least. A scale of four bytes for 64 codes of one byte
 # adds 6 %; for shorter rows it would add more.
 _SHORTEST_ROW = 64
-# Entries in a part of a block. XLA on CPUs materializes the input of a reduction of more
-# than these.
+# Entries in a part of a block. XLA on CPUs materializes the input of a reduction of
+# more.
 _PART = 32
 
 

@@ -359,24 +359,28 @@ def store(
     optax."""
     if not isinstance(like, Encoded):
         return value, rounded(value, like.dtype)
-    stored = _encoded(value, like, seed, bounds)
+    stored = (
+        like.codec.encode(value, seed)
+        if bounds is None
+        else _encoded_within(bounds, value, like, seed)
+    )
     return _read_back(value, decode(stored).astype(value.dtype)), stored
 
 
-def _encoded(
-    value: Array, like: Encoded, seed: UInt32[Array, ""], bounds: Bounds | None
+def _encoded_within(
+    bounds: Bounds, value: Array, like: Encoded, seed: UInt32[Array, ""]
 ) -> Encoded:
-    codec = like.codec
-    if bounds is None or not isinstance(codec, AbstractBounded):
-        return codec.encode(value, seed)
+    codec = cast(AbstractBounded, like.codec)
+    encode = lambda x, old, seed: codec.encode_bounded(
+        _as_float32(x), bounds, old, seed
+    )
     if like.imag is None:
-        value = _as_float32(value)
-        real = codec.encode_bounded(value, bounds, like.real, seed)
-        return Encoded(codec, real, None)
-    re, im = _as_float32(value.real), _as_float32(value.imag)
-    real = codec.encode_bounded(re, bounds, like.real, seed)
-    imag = codec.encode_bounded(im, bounds, like.imag, seed_of(seed))
-    return Encoded(codec, real, imag)
+        return Encoded(codec, encode(value, like.real, seed), None)
+    return Encoded(
+        codec,
+        encode(value.real, like.real, seed),
+        encode(value.imag, like.imag, seed_of(seed)),
+    )
 
 
 @jax.custom_jvp

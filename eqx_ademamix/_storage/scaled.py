@@ -48,7 +48,8 @@ class AbstractScaled(AbstractBounded):
     @no_type_check
     def decode_real(self, parts: tuple[Array, ...]) -> Array:
         """See [`eqx_ademamix.AbstractCodec`][]."""
-        return self._grid.decode(*parts, self.block_size)
+        code, scale = parts
+        return self._grid.decode(code, scale, self.block_size)
 
     def largest(self, x: Array) -> Float[Array, "..."]:
         return partial_maxima(x, self.block_size)
@@ -215,7 +216,7 @@ class _Signed(NamedTuple):
     def scales(
         self, bounds: Bounds, old: Array | None, seed: Array | None
     ) -> Int32[Array, "..."]:
-        """The patterns of the scales: bounds whose last ten bits are random. The
+        """The patterns of the scales: bounds whose last 13 bits are random. The
         rounding depends on these."""
         del old
         pattern = _pattern(_in_range(bounds, 2.0**-96))
@@ -277,13 +278,12 @@ class _Signed(NamedTuple):
     def _chance(
         self, scale: Array, shape: tuple[int, ...], block_size: int
     ) -> Int32[Array, "..."]:
-        """What is added before the cut to round at random: in a block spread evenly,
-        from a start that depends on the scale as if it were random. So the rounding of
-        one entry is random from step to step, and that of two blocks is independent,
-        for little more than an addition for each entry."""
+        """What is added before the cut to round at random. It depends on the scale, of
+        which it needs no more than a product for each entry."""
         start = scrambled(lax.bitcast_convert_type(scale, np.uint32))
         axis = len(rows(shape)[0])
-        word = evenly_spread(spread(start, shape, block_size), shape, axis)
+        factors = evenly_spread(np.uint32(1), shape, axis)
+        word = spread(start, shape, block_size) * factors
         return (word >> np.uint32(9 + self.bits)).astype(np.int32)
 
 
@@ -303,7 +303,7 @@ class _Squares(NamedTuple):
     def scales(
         self, bounds: Bounds, old: Array | None, seed: Array | None
     ) -> Int32[Array, "..."]:
-        """The patterns of the scales: bounds whose last ten bits note the exponent of
+        """The patterns of the scales: bounds whose last 13 bits note the exponent of
         the usual square. A bound is rounded to the other bits at random, so that one
         that shrinks by less than their last place shrinks on average."""
         pattern = _pattern(_in_range(bounds, 2.0**-63))
@@ -318,11 +318,10 @@ class _Squares(NamedTuple):
         to_entries = lambda per_block: spread(per_block, x.shape, block_size)
         halvings = _halvings(scale)
         size = x * to_entries(_inverse(self._unit(scale, halvings)))
-        place = (_pattern(size) - _LOWEST) >> to_entries(halvings)
+        place = _pattern(size) - _LOWEST
         if self.is_bent:
-            fine, coarse = (lax.full_like(scale, curve) for curve in _CURVES)
-            curve = lax.select(halvings == 0, fine, coarse)
-            place += self._bend(place, to_entries(curve))
+            place += _bend(place & np.int32(_BINADE - 1))
+        place >>= to_entries(halvings)
         code = (place + self._chance(seed, x.shape)) >> self._cut
         last = np.int32(np.iinfo(self.dtype).max)
         code = lax.clamp(np.int32(1), code, last).astype(self.dtype)
@@ -332,8 +331,11 @@ class _Squares(NamedTuple):
     def decode(self, code: Array, scale: Array, block_size: int) -> Array:
         to_entries = lambda per_block: spread(per_block, code.shape, block_size)
         halvings = _halvings(scale)
-        place = code.astype(np.int32) << to_entries(halvings + self._cut)
-        x = _number(place + _LOWEST) * to_entries(self._unit(scale, halvings))
+        place = code.astype(np.int32) << to_entries(halvings)
+        pattern = (place << self._cut) + _LOWEST
+        if self.is_bent:
+            pattern += _unbent(place & np.int32(3))
+        x = _number(pattern) * to_entries(self._unit(scale, halvings))
         return lax.select(code == 0, lax.full_like(x, 0), x)
 
     @property
@@ -344,13 +346,6 @@ class _Squares(NamedTuple):
     def _unit(self, scale: Array, halvings: Array) -> Float[Array, "..."]:
         fine, coarse = lax.full_like(scale, 1), lax.full_like(scale, 2.0**-63)
         return _power_of_two(scale) * lax.select(halvings == 0, fine, coarse)
-
-    def _bend(self, place: Array, curve: Array) -> Int32[Array, "..."]:
-        """What to add to a place between two codes, so that it is (almost) the
-        logarithm that is rounded."""
-        size = 1 << int(self._cut)
-        part = (place & np.int32(size - 1)).astype(np.float32)
-        return (part * (curve - curve * np.float32(1 / size) * part)).astype(np.int32)
 
     def _chance(
         self, seed: Array | None, shape: tuple[int, ...]
@@ -366,8 +361,8 @@ class _Squares(NamedTuple):
 # The pattern of the lowest number of an unsigned grid, in units.
 _LOWEST = np.int32((127 - 62) * _BINADE)
 # The last bits of a scale, and the others without the sign, which a NaN may have.
-_NOTE = np.int32(0x000003FF)
-_BOUND = np.int32(0x7FFFFC00)
+_NOTE = np.int32(0x00001FFF)
+_BOUND = np.int32(0x7FFFE000)
 
 
 def _pattern(x: Array) -> Int32[Array, "..."]:
@@ -386,7 +381,7 @@ def _random_note(seed: Array | None, shape: tuple[int, ...]) -> Int32[Array, "..
     """Random last bits for the scale of each block."""
     if seed is None:
         return jnp.zeros((*shape[:-1], 1), np.int32)
-    word = evenly_spread(seed, shape[:-1]) >> np.uint32(22)
+    word = evenly_spread(seed, shape[:-1]) >> np.uint32(19)
     return word.astype(np.int32)[..., None]
 
 
@@ -426,22 +421,39 @@ def _inverse(power_of_two: Array) -> Float[Array, "..."]:
     return _number(2 * _ONE - _pattern(power_of_two))
 
 
-def _curve(steps: int) -> np.float32:
-    r"""A number $\kappa$ for the bend $u + \kappa u (1 - u)$ of the part $u$ of the way
-    from one of the codes to the next, if there are `steps` of them from one power of
-    two to the next.
-
-    A number $x$ with the code $x$ that shrinks by a small factor $1 - \delta$ moves by
-    $(1 - \kappa) \delta x$ times `steps` codes. In turn, it stays there for the inverse
-    of that many steps. With this $\kappa$, these times add up to the time in which $x$
-    halves, $\log 2 / \delta$.
-    """
-    stays = sum(1 / (steps + i) for i in range(1, steps + 1))
-    return np.float32(1 - stays / math.log(2))
+# The logarithm to base 2 of 1 + f, for f from 0 to 1, is about f + c f (1 - f). With
+# this c, a number that shrinks by the same small fraction in every step takes as many
+# steps to pass the four codes between two powers of two as it takes to halve: each of
+# the four, f, takes the inverse of 4 (1 + c (1 - 2 f)) (1 + f) times that fraction.
+_CURVE = 0.315
 
 
-# Of four steps, and of the two steps of a block with fewer numbers.
-_CURVES = _curve(4), _curve(2)
+def _bend(mantissa: Int32[Array, "..."]) -> Int32[Array, "..."]:
+    """What to add to a pattern whose last 23 bits are `mantissa`, so that its logarithm
+    is (almost) proportional to it."""
+    f = mantissa.astype(np.float32)
+    slope = np.float32(_CURVE) - np.float32(_CURVE / _BINADE) * f
+    return (slope * f).astype(np.int32)
+
+
+def _unbent_at(quarter: int) -> np.int32:
+    """What to add to a pattern that ends at a quarter of a power of two, so that, once
+    bent, it ends there."""
+    # The root of f + c f (1 - f) = quarter / 4.
+    b = 1 + _CURVE
+    f = (b - math.sqrt(b * b - _CURVE * quarter)) / (2 * _CURVE)
+    return np.int32(math.ceil(f * _BINADE) - quarter * (_BINADE // 4))
+
+
+_UNBENT = tuple(map(_unbent_at, range(4)))
+
+
+def _unbent(quarter: Int32[Array, "..."]) -> Int32[Array, "..."]:
+    added = lax.full_like(quarter, 0)
+    for i in (1, 2, 3):
+        added = lax.select(quarter == i, lax.full_like(quarter, _UNBENT[i]), added)
+    return added
+
 
 _SIGNED = {
     8: _Signed(np.int8, 2, is_dithered=False),
