@@ -12,11 +12,13 @@ import pytest
 from eqx_ademamix import (
     AbstractCodec,
     AdEMAMix,
+    AdEMAMixState,
     Encoded,
     ScaledFloat8,
     ScaledFloat16,
     SplitBfloat16,
     StateFormat,
+    decoded,
 )
 
 from .helpers import x64
@@ -406,6 +408,86 @@ def test_a_slow_average_leaves_zero():
     left = np.asarray(codec.decode(end)) / size
     np.testing.assert_allclose(left[0], 1, rtol=0.05)
     np.testing.assert_allclose(left[1:], 1 - 0.9999**10_000, rtol=0.1)
+
+
+#
+# Rows without gradients, and spikes
+#
+
+EVERYWHERE = {
+    name: StateFormat(fmt.m1, fmt.m2, fmt.nu, min_size=0)
+    for name, fmt in (
+        ("float32", StateFormat.float32()),
+        ("half", StateFormat.half()),
+        ("compact", StateFormat.compact()),
+    )
+}
+
+
+def train(
+    name: str, gradient: Any, steps: int, size: int
+) -> tuple[AdEMAMixState, np.ndarray]:
+    """The last state, and the magnitudes of all updates in learning rates."""
+    optim = AdEMAMix(1.0, alpha=5.0, b3=0.9999, state_format=EVERYWHERE[name])
+
+    def step(state: Any, t: Any) -> Any:
+        updates, state = optim.update(gradient(t), state)
+        return state, jnp.abs(updates)
+
+    start = optim.init(jnp.zeros(size))
+    run = jax.jit(lambda s: jax.lax.scan(step, s, jnp.arange(steps)))
+    state, updates = run(start)
+    return state, np.asarray(updates)
+
+
+def normal(t: Any, size: int) -> jax.Array:
+    return jax.random.normal(jax.random.fold_in(jax.random.key(0), t), (size,))
+
+
+@pytest.mark.parametrize("name", ("half", "compact"))
+def test_squares_without_gradients_decay(name: str):
+    """After 1000 steps with gradients and 20,000 without, no update explodes."""
+    noisy = lambda t: jnp.where(t < 1000, 1e-3, 0.0) * normal(t, 1024)
+    exact, usual = train("float32", noisy, 21_000, 1024)
+    state, found = train(name, noisy, 21_000, 1024)
+    assert np.max(found) <= 1.5 * np.max(usual)
+    logs = [np.log(np.float64(decoded(x).nu)) for x in (state, exact)]
+    assert np.mean(logs[0]) == pytest.approx(np.mean(logs[1]), abs=np.log(6 / 5))
+    # Nine numbers of one byte, and none of the errors of a random walk.
+    assert np.max(np.abs(logs[0] - logs[1])) < 9 * np.log(6 / 5)
+
+
+@pytest.mark.parametrize("name", ("half", "compact"))
+def test_rows_with_a_gradient_now_and_then(name: str):
+    """Each of the 16 rows has a gradient in one of 4992 steps."""
+    row = jnp.arange(1024) // 64
+
+    def sparse(t: Any) -> jax.Array:
+        is_its_turn = (row == (t // 312) % 16) & (t % 312 == 0)
+        return jnp.where(is_its_turn, normal(t, 1024), 0.0)
+
+    _, usual = train("float32", sparse, 15_000, 1024)
+    _, found = train(name, sparse, 15_000, 1024)
+    assert np.max(found) <= 1.5 * np.max(usual)
+    assert np.sum(found) == pytest.approx(np.sum(usual), rel=0.1)
+
+
+@pytest.mark.parametrize("name", ("half", "compact"))
+@pytest.mark.parametrize("spikes", ((1000,), (1000, 1003, 1100)), ids=str)
+def test_a_spike_does_not_stop_its_neighbors(name: str, spikes: tuple[int, ...]):
+    """A gradient of 1e10 among those of size 0.01. Later spikes find the block as the
+    first one left it."""
+
+    def spiked(t: Any) -> jax.Array:
+        g = 0.01 * normal(t, 256)
+        return g.at[0].set(jnp.where(jnp.isin(t, jnp.array(spikes)), 1e10, g[0]))
+
+    _, usual = train("float32", spiked, 2200, 256)
+    _, found = train(name, spiked, 2200, 256)
+    medians = [np.median(x[:, 1:], axis=1) for x in (found, usual)]
+    for steps in (slice(900, 1000), slice(1200, 1300), slice(2100, 2200)):
+        ratio = np.mean(medians[0][steps]) / np.mean(medians[1][steps])
+        assert 0.8 <= ratio <= 1.25
 
 
 #

@@ -74,13 +74,13 @@ class AbstractScaled(AbstractBounded):
 
 
 class ScaledFloat16(AbstractScaled):
-    r"""Two bytes: floating-point numbers whose exponents count down from the exponent
-    of the largest entry of their block, which takes one byte per block.
+    r"""Two bytes: floating-point numbers relative to a bound of the entries in their
+    block, which takes four bytes per block.
 
-    Signed, for `m1` and `m2`: an entry of at least $2^{-24}$ times its block's largest
-    is kept to a relative error of 1/2520, below $2^{-11}$; a smaller one to $2^{-35}$
-    times the largest. float16 with a scale has 1024 numbers from one power of two to
-    the next. This has 1260, since it spends none on exponents that do not occur.
+    Signed, for `m1` and `m2`: 1024 numbers between powers of two. An entry of at least
+    $2^{-23}$ times its block's largest is kept to a relative error of
+    $2^{-11} (1 + 2^{-7})$; a smaller one to $2^{-34}$ times the largest. The range is
+    that of float32 near the largest entry, not that of float16.
 
     The rounding is dithered: a random fraction of a step is added before rounding and
     subtracted after decoding, so that the error is uniform and has mean zero, whatever
@@ -89,12 +89,21 @@ class ScaledFloat16(AbstractScaled):
     change far smaller than a step is kept in the mean, where rounding to nearest would
     lose it.
 
-    Unsigned, for `nu`: 1024 numbers between powers of two, 63 powers of two below the
-    largest entry of the block. Values are rounded up or down at random so that the mean
-    is exact, and never below the smallest number unless they are zero. One store
-    underestimates `nu` by a factor of less than $1 + 1/1024$, and the denominator
-    $\sqrt\nu$ by less than the root of that, 1.0005. [`eqx_ademamix.ScaledFloat8`][]
-    has the proof.
+    Unsigned, for `nu`: 1024 numbers between powers of two, 62 powers of two below the
+    bound. Values are rounded up or down in turn, and never below the smallest number
+    unless they are zero. One store underestimates `nu` by a factor of less than
+    $1 + 1/1024$, and the denominator $\sqrt\nu$ by less than the root of that, 1.0005.
+    [`eqx_ademamix.ScaledFloat8`][] has the proof.
+
+    In an update, the bound of a block is what the update rule makes of the old bound
+    and of the largest gradient in the block, since that bounds what the rule makes of
+    the entries. So the step reads each array only once. The bound of an average of
+    gradients is looser than their largest average, for `m2` by six or seven powers of
+    two, and each one takes a power of two from the range above.
+
+    After a spike, when the bound of `nu` is more than $2^{20}$ times the usual squares
+    in its block, the numbers are half as many over 126 powers of two. So the spike does
+    not lift the `nu` of its neighbors, which would stop them.
 
     Blocks lie along the last axis. If that has fewer than 64 entries, they lie along
     as many of the last axes as together have 64.
@@ -129,34 +138,37 @@ class ScaledFloat16(AbstractScaled):
 
 
 class ScaledFloat8(AbstractScaled):
-    r"""One byte: like [`eqx_ademamix.ScaledFloat16`][], but with fewer numbers, and
-    rounded up or down at random so that the mean is exact.
+    r"""One byte: like [`eqx_ademamix.ScaledFloat16`][], but with fewer numbers.
 
-    Signed, for `m1`: five numbers between powers of two, so an entry of at least
-    $2^{-23}$ times its block's largest is kept to a fifth of itself. At $\beta_1 =
-    0.9$, `m1` averages about ten steps, and their errors too. Do not use it for `m2`:
-    the errors of ten thousand steps would be larger than `m2` itself.
+    Signed, for `m1`: four numbers between powers of two, rounded up or down at random
+    so that the mean is exact. An entry of at least $2^{-23}$ times its block's largest
+    is kept to $(1 + 2^{-7}) / 4$ of itself. At $\beta_1 = 0.9$, `m1` averages about ten
+    steps, and their errors too. Do not use it for `m2`: the errors of ten thousand
+    steps would be larger than `m2` itself.
 
-    Unsigned, for `nu`: six numbers between powers of two, 41 powers of two below the
-    largest entry of the block, which is enough for gradients that differ by six orders
-    of magnitude.
+    Unsigned, for `nu`: four numbers between powers of two, spaced (almost) evenly in
+    the logarithm, over 62 powers of two below the bound. That is enough for gradients
+    that differ by nine orders of magnitude.
 
-    One store underestimates `nu` by a factor of less than 7/6, and the denominator
-    $\sqrt\nu$ by less than $\sqrt{7/6} < 1.081$. *Proof.* Let $2^k \le x < 2^{k+1}$.
-    If $x$ is at least the smallest number of its block, it lies between two neighbors
-    $a \le x \le b$ of the grid, one of which is stored. The grid has the point $2^k$,
-    so $a \ge 2^k$, and $b - a = 2^k / 6$, so
-    $x / a \le b / a \le 1 + 2^k / (6 a) \le 7/6$. If $x > 0$ is less than the smallest
-    number, that number is stored, which is not an underestimate. If $x = 0$, zero is
-    stored. $\square$
+    One store underestimates `nu` by a factor of less than 6/5, and the denominator
+    $\sqrt\nu$ by less than $\sqrt{6/5} < 1.096$. *Proof.* From one power of two to the
+    next, the numbers are $2^k$ times 1, 1.1997, 1.4231, 1.6816 and 2, and the largest
+    ratio of two neighbors is the first, which is less than 6/5. If $x$ is at least the
+    smallest number of its block, one of its two neighbors is stored. If $x > 0$ is less
+    than the smallest number, that number is stored, which is not an underestimate. If
+    $x = 0$, zero is stored. $\square$ (With the fewer numbers after a spike, the factor
+    is less than 1.43.)
 
-    Every power of two is on the grid, and the scale is a power of two, so a new scale
-    moves no number: what the gradient does not change is stored again as it is. The
-    random rounding of a change $\delta$ on a grid of spacing $\Delta$ adds a variance
-    of at most $|\delta| \Delta$. In a step, the average forgets more than that, so for
-    no decay do the errors grow without bound. In a long run `nu` has a relative
-    standard deviation of about $\sqrt{\Delta/2}$, a quarter, and the denominator half
-    of that, for any $\beta_2$.
+    The scale is a power of two, so a new bound moves no number: what the gradient does
+    not change is stored again as it is.
+
+    An entry of `nu` is not rounded at random but in turn: up if its place between two
+    numbers, a fraction, exceeds a threshold that moves by the golden ratio from step to
+    step (modulo 1). Random rounding would make a `nu` without gradients walk at random.
+    In turn, it decays as fast as it should. *Why.* Neighboring numbers have almost the
+    same ratio. So the same small decay moves each of them to the next one if the
+    threshold lies in an interval of (almost) the same length, and multiples of the
+    golden ratio visit an interval at regular times, as often as its length says.
     """
 
     block_size: int = eqx.field(static=True)
