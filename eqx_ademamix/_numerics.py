@@ -161,8 +161,8 @@ def clip_magnitude(x: Any, bound: float, xp: ModuleType = jnp) -> Any:
 def saturated(x: Inexact[Array, "..."]) -> Inexact[Array, "..."]:
     """`x` with the largest finite number in place of an infinite one: an overflow times
     a learning rate of 0 would be a NaN. A NaN stays one."""
-    bound = float(jnp.finfo(x.dtype).max)
-    return _componentwise(lambda part: jnp.clip(part, -bound, bound), x)
+    bound = np.asarray(jnp.finfo(x.dtype).max, real_dtype(x.dtype))
+    return _componentwise(lambda part: lax.clamp(-bound, part, bound), x)
 
 
 #
