@@ -27,8 +27,7 @@ BOUNDS = (IN_PLACE, C_LOOP)
 ALL = (BASELINE, *OURS, *PEERS, *BOUNDS)
 MAIN = (BASELINE, FLOAT32, COMPACT, ADAMW, *BOUNDS)
 COMPILED = (BASELINE, FLOAT32, COMPACT, NO_M1)
-# With 512 leaves, a codec compiles for a minute, and `Compensated` for longer. With 2000
-# leaves, both compile for many minutes.
+# With 512 leaves, a codec compiles for a minute, and `Compensated` for longer.
 SLOW_TO_COMPILE = (HALF, COMPENSATED)
 
 
