@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
-from .._numerics import evenly_spread, scrambled
+from .._numerics import evenly_spread, mixed, odd_numbers
 from .._paths import describe
 from .._typing import no_type_check
 from .blocks import partial_maxima, rows, spread
@@ -287,12 +287,12 @@ class _Signed(NamedTuple):
     def _chance(
         self, scale: Array, shape: tuple[int, ...], block_size: int
     ) -> Int32[Array, "..."]:
-        """What is added before the cut to round at random. It depends on the scale, of
-        which it needs no more than a product for each entry."""
-        start = scrambled(lax.bitcast_convert_type(scale, np.uint32))
-        axis = len(rows(shape)[0])
-        factors = evenly_spread(np.uint32(1), shape, axis)
-        word = spread(start, shape, block_size) * factors
+        """What is added before the cut to round at random: the last bits of the scale,
+        which are random, times an odd number that differs from entry to entry. Such a
+        product takes each value once if the bits do."""
+        bits = lax.bitcast_convert_type(scale, np.uint32) << np.uint32(19)
+        odd = odd_numbers(shape, axis=len(rows(shape)[0]))
+        word = spread(bits, shape, block_size) * odd
         return (word >> np.uint32(9 + self.bits)).astype(np.int32)
 
 
@@ -390,7 +390,7 @@ def _random_note(seed: Array | None, shape: tuple[int, ...]) -> Int32[Array, "..
     """Random last bits for the scale of each block."""
     if seed is None:
         return jnp.zeros((*shape[:-1], 1), np.int32)
-    word = evenly_spread(seed, shape[:-1]) >> np.uint32(19)
+    word = mixed(evenly_spread(seed, shape[:-1])) >> np.uint32(19)
     return word.astype(np.int32)[..., None]
 
 
