@@ -24,7 +24,7 @@ from ._paths import (
     path_text,
     with_article,
 )
-from ._storage.codec import is_explicit
+from ._sharding import is_explicit
 
 
 NAMES = ("model", "state", "model_state")

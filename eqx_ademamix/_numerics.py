@@ -249,12 +249,17 @@ def path_words(path: str) -> np.ndarray:
 
 
 def evenly_spread(
-    start: UInt32[Array, "..."] | np.uint32, shape: tuple[int, ...], axis: int = 0
+    start: UInt32[Array, "..."], shape: tuple[int, ...]
 ) -> UInt32[Array, "..."]:
     """32 bits for each position of an array. As fractions of 2^32, they are spread
-    evenly over neighboring positions (a Weyl sequence). `start` is added to them: one
-    number, or one for each position. Only the axes from `axis` on are told apart."""
-    return _positions(shape, axis) * _GOLDEN + start
+    evenly over neighboring positions (a Weyl sequence). `start` is added to them."""
+    return _positions(shape) * _GOLDEN + start
+
+
+def odd_numbers(shape: tuple[int, ...], axis: int = 0) -> UInt32[Array, "..."]:
+    """A different odd number for each position of an array. Only the axes from `axis`
+    on are told apart."""
+    return _positions(shape, axis) * np.uint32(2 * int(_GOLDEN) % 2**32) + np.uint32(1)
 
 
 def uniform(seed: UInt32[Array, ""], shape: tuple[int, ...]) -> Float[Array, "..."]:
@@ -291,13 +296,6 @@ def _positions(shape: tuple[int, ...], first: int = 0) -> UInt32[Array, "..."]:
     if first < len(shape):
         along.append(lax.broadcasted_iota(np.uint32, shape, len(shape) - 1))
     return ft.reduce(lax.add, along) if along else jnp.zeros(shape, np.uint32)
-
-
-def scrambled(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
-    """Fewer steps than `mixed` takes, so that only the first bits depend on all bits
-    as if they were random."""
-    x = x * np.uint32(0x85EBCA6B)
-    return (x ^ (x >> np.uint32(16))) * np.uint32(0xC2B2AE35)
 
 
 def mixed(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:

@@ -3,7 +3,7 @@
 # pyright: reportPrivateUsage=false
 
 import abc
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any, ClassVar, Generic, TypeAlias, TypeVar
 
 import equinox as eqx
@@ -44,10 +44,14 @@ class AbstractMomentState(eqx.Module, Generic[H]):
     @classmethod
     @abc.abstractmethod
     def start(
-        cls, moments: Moments[PyTree], weights: tuple[str, ...]
+        cls,
+        moments: Moments[PyTree],
+        weights: tuple[str, ...],
+        zero: Callable[[Any], Array],
     ) -> Any:  # beartype cannot check `Self`
         """The state before the first step, from moments of zeros. `weights` are those
-        of the state's weights that the optimizer uses."""
+        of the state's weights that the optimizer uses. `zero` makes a scalar of a
+        dtype: each is a buffer of its own, so that all can be donated."""
 
     @abc.abstractmethod
     def after(self, moments: Moments[PyTree], h: H) -> Any:
@@ -116,11 +120,13 @@ class AdEMAMixState(AbstractMomentState[Hyperparams]):
 
     @classmethod
     def start(
-        cls, moments: Moments[PyTree], weights: tuple[str, ...]
+        cls,
+        moments: Moments[PyTree],
+        weights: tuple[str, ...],
+        zero: Callable[[Any], Array],
     ) -> "AdEMAMixState":
-        zero = lambda: jnp.zeros((), jnp.int32)  # two buffers, so both can be donated
-        weight = jnp.zeros((), float) if "m2_weight" in weights else None
-        return cls(zero(), zero(), *moments, weight)
+        weight = zero(float) if "m2_weight" in weights else None
+        return cls(zero(jnp.int32), zero(jnp.int32), *moments, weight)
 
     def after(self, moments: Moments[PyTree], h: Hyperparams) -> "AdEMAMixState":
         counts = next_count(self.count), next_count(self.count_m2)
@@ -180,10 +186,12 @@ class SimplifiedAdEMAMixState(AbstractMomentState[SimplifiedHyperparams]):
 
     @classmethod
     def start(
-        cls, moments: Moments[PyTree], weights: tuple[str, ...]
+        cls,
+        moments: Moments[PyTree],
+        weights: tuple[str, ...],
+        zero: Callable[[Any], Array],
     ) -> "SimplifiedAdEMAMixState":
-        zeros = jnp.zeros((), jnp.int32), jnp.zeros((), float)
-        return cls(*zeros, moments.m2, moments.nu)
+        return cls(zero(jnp.int32), zero(float), moments.m2, moments.nu)
 
     def after(
         self, moments: Moments[PyTree], h: SimplifiedHyperparams

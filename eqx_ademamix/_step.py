@@ -53,6 +53,7 @@ from ._numerics import (
 )
 from ._optimizer import AbstractOptimizer, hash_of
 from ._paths import Leaves, flatten, on_device
+from ._sharding import scalars_beside
 from ._state import AbstractMomentState, S
 from ._storage.codec import (
     AbstractBounded,
@@ -132,7 +133,8 @@ class AbstractMomentOptimizer(AbstractOptimizer[S], Generic[S, H]):
         as_scales(self.learning_rate_scale, trained, "learning_rate_scale")
         arrays = [x for x in trained.values if x is not None]
         blank = [_zeros(self.state_format, x, self.has_m1) for x in arrays]
-        return self.state_type.start(_rebuilt(trained, blank), self.weights)
+        zero = scalars_beside(arrays)
+        return self.state_type.start(_rebuilt(trained, blank), self.weights, zero)
 
     @no_type_check
     def update(

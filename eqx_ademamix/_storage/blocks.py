@@ -9,7 +9,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Inexact, Int32
 
-from .codec import is_explicit
+from .._sharding import is_explicit
 
 
 # Entries that a row has at the least. A scale of four bytes for 64 codes of one byte
@@ -33,31 +33,37 @@ def partial_maxima(x: Inexact[Array, "..."], block_size: int) -> Float[Array, ".
     """The largest magnitudes in the parts of each block, or NaNs for parts that have
     one. The maximum over the last axis is left to do. Bit patterns of magnitudes, read
     as integers, are ordered as the magnitudes are, with NaNs above infinities, and XLA
-    on CPUs finds the maximum of integers faster."""
+    on CPUs finds the maximum of integers faster.
+
+    If blocks span several devices, they exchange the maxima of parts, and nothing else.
+    """
     pattern = lax.bitcast_convert_type(jnp.abs(x).astype(np.float32), np.int32)
     lead, length = rows(x.shape)
     block = min(block_size, length) or 1
-    pattern = _with_whole_rows(pattern, block).reshape(*lead, length)
-    count, rest = divmod(length, block)
-    whole = pattern[..., : count * block].reshape(*lead, count, block)
-    maxima = _maxima_of_parts(whole)
-    if rest or not length:
-        last = _maxima_of_parts(pattern[..., None, count * block :])
-        missing = maxima.shape[-1] - last.shape[-1]
-        last = jnp.pad(last, [(0, 0)] * (last.ndim - 1) + [(0, missing)])
-        maxima = jnp.concatenate([maxima, last], axis=-2)
+    part = _PART if block == length else _divisor(block)
+    maxima = _maxima_of_parts(_as_rows(pattern, lead, part), part)
+    each, count = -(-block // part), -(-length // block) or 1
+    missing = count * each - maxima.shape[-1]
+    if missing:
+        maxima = jnp.pad(maxima, [(0, 0)] * len(lead) + [(0, missing)])
+    maxima = _as_rows(maxima, lead, each).reshape(*lead, count, each)
     return lax.bitcast_convert_type(maxima, np.float32)
 
 
-def _maxima_of_parts(x: Int32[Array, "..."]) -> Int32[Array, "..."]:
-    """The maxima of parts along the last axis. Nothing is padded, since XLA on CPUs
-    would materialize that."""
-    count, rest = divmod(x.shape[-1], _PART)
-    whole = x[..., : count * _PART].reshape(*x.shape[:-1], count, _PART)
+def _divisor(block: int) -> int:
+    """The largest part into which a block can be divided."""
+    return next(part for part in range(_PART, 0, -1) if block % part == 0)
+
+
+def _maxima_of_parts(x: Int32[Array, "..."], part: int) -> Int32[Array, "..."]:
+    """The maxima of parts along the last axis, the last of which may be shorter.
+    Nothing is padded, since XLA on CPUs would materialize that."""
+    count, rest = divmod(x.shape[-1], part)
+    whole = x[..., : count * part].reshape(*x.shape[:-1], count, part)
     maxima = jnp.max(whole, axis=-1)
     if not rest and count:
         return maxima
-    last = jnp.max(x[..., count * _PART :], axis=-1, initial=0, keepdims=True)
+    last = jnp.max(x[..., count * part :], axis=-1, initial=0, keepdims=True)
     return jnp.concatenate([maxima, last], axis=-1)
 
 
@@ -70,20 +76,20 @@ def spread(per_block: Array, shape: tuple[int, ...], block_size: int) -> Array:
     return whole.reshape(shape)
 
 
-def _with_whole_rows(x: Array, block: int) -> Array:
-    """An array with every row whole on some device, if its sharding is part of its type
-    and does not divide the blocks. Such an array could not be reshaped otherwise."""
-    sharding = (
-        getattr(jax.typeof(x), "sharding", None) if hasattr(jax, "typeof") else None
-    )
-    lead, length = rows(x.shape)
-    if not is_explicit(sharding) or sharding is None:
-        return x
-    kept = sharding.spec[: len(lead)]
-    split = [name for names in sharding.spec[len(lead) :] for name in _names(names)]
-    parts = math.prod(sharding.mesh.shape[name] for name in split)
-    is_whole = x.ndim == len(lead) + 1 and length % (block * parts) == 0
-    return x if is_whole or not split else jax.sharding.reshard(x, P(*kept))
+def _as_rows(x: Array, lead: tuple[int, ...], unit: int) -> Array:
+    """The rows of an array with these first axes. If its sharding is part of its type
+    and splits a unit of a row, every row is whole on some device, since such an array
+    could not be reshaped otherwise."""
+    length = math.prod(x.shape[len(lead) :])
+    typeof = getattr(jax, "typeof", None)
+    sharding = getattr(typeof(x), "sharding", None) if typeof else None
+    if is_explicit(sharding) and sharding is not None:
+        names = [name for x in sharding.spec[len(lead) :] for name in _names(x)]
+        count = math.prod(sharding.mesh.shape[name] for name in names)
+        is_whole = x.ndim == len(lead) + 1 and length % (unit * count) == 0
+        if names and not is_whole:
+            x = jax.sharding.reshard(x, P(*sharding.spec[: len(lead)]))
+    return x.reshape(*lead, length)
 
 
 def _names(names: str | tuple[str, ...] | None) -> tuple[str, ...]:

@@ -22,6 +22,7 @@ from .._numerics import (
     seed_of,
 )
 from .._paths import AbstractLeaf, describe
+from .._sharding import zeros_beside
 from .._typing import no_type_check
 
 
@@ -184,12 +185,12 @@ class AbstractCodec(eqx.Module):
         What takes the moment's place in the state.
         """
         if isinstance(self, Dense):
-            return jnp.zeros_like(like, dtype=dense_dtype(self.dtype, like.dtype))
+            return zeros_beside(like, dense_dtype(self.dtype, like.dtype))
         first, *rest = part_structs(self, like.shape)
 
         def parts() -> tuple[Array, ...]:
-            codes = jnp.zeros_like(like, dtype=first.dtype)
-            if _has_typed_sharding(like):
+            codes = zeros_beside(like, first.dtype)
+            if _is_sharded(like):
                 return codes, *_zeros_beside(self, like)
             return codes, *(jnp.zeros(x.shape, x.dtype) for x in rest)
 
@@ -458,20 +459,14 @@ def _as_float32(x: Array) -> Array:
 #
 
 
-def _has_typed_sharding(x: Array) -> bool:
-    """Whether the sharding is part of the array's type, in which case the parts of a
-    state must not change theirs from `init` to `update`."""
-    return isinstance(x, Tracer) or is_explicit(getattr(x, "sharding", None))
-
-
-def is_explicit(sharding: object) -> bool:
-    """Whether a sharding has explicit mesh axes. JAX before 0.5 has no such axes."""
-    kinds = getattr(getattr(sharding, "mesh", None), "axis_types", None)
-    return any(getattr(kind, "name", "") == "Explicit" for kind in kinds or ())
+def _is_sharded(x: Array) -> bool:
+    """Whether an array is, or may be, on several devices, in which case the parts of a
+    state must not change their sharding from `init` to `update`."""
+    return isinstance(x, Tracer) or len(x.sharding.device_set) > 1
 
 
 @ft.partial(jax.jit, static_argnums=0)
 def _zeros_beside(codec: AbstractCodec, like: Array) -> list[Array]:
     """Zeros for all parts but the first, sharded as `encode_real` shards them."""
-    parts = codec.encode_real(jnp.zeros_like(like, dtype=np.float32), None)
-    return [jnp.zeros_like(x) for x in parts[1:]]
+    parts = codec.encode_real(zeros_beside(like, np.float32), None)
+    return [zeros_beside(x, x.dtype) for x in parts[1:]]

@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
-from .._numerics import evenly_spread, scrambled
+from .._numerics import evenly_spread, mixed, odd_numbers
 from .._paths import describe
 from .._typing import no_type_check
 from .blocks import partial_maxima, rows, spread
@@ -223,22 +223,22 @@ class _Signed(NamedTuple):
 
     def bound(self, scale: Array) -> Float[Array, "..."]:
         """The bound of each block. Random last bits do not change its mean."""
-        return scale
+        return scale * np.float32(2.0**30)
 
     def scales(
         self, bounds: Bounds, old: Array | None, seed: Array | None
     ) -> Int32[Array, "..."]:
-        """The patterns of the scales: bounds whose last 13 bits are random. The
-        rounding depends on these."""
+        """The patterns of the scales: bounds times $2^{-30}$, whose last 13 bits are
+        random. The rounding depends on these."""
         del old
-        pattern = _pattern(_in_range(bounds, 2.0**-96))
+        pattern = _pattern(_in_range(bounds, 2.0**-96) * np.float32(2.0**-30))
         return (pattern & _BOUND) | _random_note(seed, pattern.shape)
 
     def encode(
         self, x: Array, scale: Array, seed: Array | None, block_size: int
     ) -> Array:
         to_entries = lambda per_block: spread(per_block, x.shape, block_size)
-        size = jnp.abs(x) * to_entries(_inverse(self._unit(scale))) + np.float32(1)
+        size = jnp.abs(x) * to_entries(_inverse(_unit(scale))) + np.float32(1)
         place = lax.min(_pattern(size) - _ONE, self._last(x.shape))
         is_random = self.is_dithered or seed is not None
         chance = self._chance(scale, x.shape, block_size) if is_random else self._half
@@ -257,7 +257,7 @@ class _Signed(NamedTuple):
         if self.is_dithered:
             place += self._half - self._chance(scale, code.shape, block_size)
         size = _number(lax.abs(place) + _ONE) - np.float32(1)
-        size *= spread(self._unit(scale), code.shape, block_size)
+        size *= spread(_unit(scale), code.shape, block_size)
         x = lax.select(place < 0, -size, size)
         if not self.is_dithered:
             return x
@@ -284,18 +284,15 @@ class _Signed(NamedTuple):
         place = (np.iinfo(self.dtype).max - 1) << int(self._cut)
         return lax.full(shape, np.int32(place))
 
-    def _unit(self, scale: Array) -> Float[Array, "..."]:
-        return _power_of_two(scale) * np.float32(2.0**-30)
-
     def _chance(
         self, scale: Array, shape: tuple[int, ...], block_size: int
     ) -> Int32[Array, "..."]:
-        """What is added before the cut to round at random. It depends on the scale, of
-        which it needs no more than a product for each entry."""
-        start = scrambled(lax.bitcast_convert_type(scale, np.uint32))
-        axis = len(rows(shape)[0])
-        factors = evenly_spread(np.uint32(1), shape, axis)
-        word = spread(start, shape, block_size) * factors
+        """What is added before the cut to round at random: the last bits of the scale,
+        which are random, times an odd number that differs from entry to entry. Such a
+        product takes each value once if the bits do."""
+        bits = lax.bitcast_convert_type(scale, np.uint32) << np.uint32(19)
+        odd = odd_numbers(shape, axis=len(rows(shape)[0]))
+        word = spread(bits, shape, block_size) * odd
         return (word >> np.uint32(9 + self.bits)).astype(np.int32)
 
 
@@ -316,13 +313,17 @@ class _Squares(NamedTuple):
         self, bounds: Bounds, old: Array | None, seed: Array | None
     ) -> Int32[Array, "..."]:
         """The patterns of the scales: bounds whose last 13 bits note the exponent of
-        the usual square. A bound is rounded to the other bits at random, so that one
-        that shrinks by less than their last place shrinks on average."""
-        pattern = _pattern(_in_range(bounds, 2.0**-63))
+        the usual square, and, in the last bit, whether the numbers are halved. A bound
+        is rounded to the other bits at random, so that one that shrinks by less than
+        their last place shrinks on average."""
+        bound = _in_range(bounds, 2.0**-63)
         usual = _exponent(jnp.square(bounds.gradient))
         if old is not None:
-            usual = _followed(_note(old)[..., None], usual)
-        return ((pattern + _random_note(seed, pattern.shape)) & _BOUND) | usual
+            usual = _followed((_pattern(old) & _NOTE)[..., None] >> np.int32(1), usual)
+        is_halved = (_exponent(bound) - usual > np.int32(20)).astype(np.int32)
+        note = (usual << np.int32(1)) | is_halved
+        pattern = _pattern(bound)
+        return ((pattern + _random_note(seed, pattern.shape)) & _BOUND) | note
 
     def encode(
         self, x: Array, scale: Array, seed: Array | None, block_size: int
@@ -357,7 +358,7 @@ class _Squares(NamedTuple):
 
     def _unit(self, scale: Array, halvings: Array) -> Float[Array, "..."]:
         fine, coarse = lax.full_like(scale, 1), lax.full_like(scale, 2.0**-63)
-        return _power_of_two(scale) * lax.select(halvings == 0, fine, coarse)
+        return _unit(scale) * lax.select(halvings == 0, fine, coarse)
 
     def _chance(
         self, seed: Array | None, shape: tuple[int, ...]
@@ -385,15 +386,11 @@ def _number(pattern: Array) -> Float[Array, "..."]:
     return lax.bitcast_convert_type(pattern, np.float32)
 
 
-def _note(scale: Array) -> Int32[Array, "..."]:
-    return _pattern(scale) & _NOTE
-
-
 def _random_note(seed: Array | None, shape: tuple[int, ...]) -> Int32[Array, "..."]:
     """Random last bits for the scale of each block."""
     if seed is None:
         return jnp.zeros((*shape[:-1], 1), np.int32)
-    word = evenly_spread(seed, shape[:-1]) >> np.uint32(19)
+    word = mixed(evenly_spread(seed, shape[:-1])) >> np.uint32(19)
     return word.astype(np.int32)[..., None]
 
 
@@ -419,11 +416,11 @@ def _followed(old: Array, new: Array) -> Int32[Array, "..."]:
 
 def _halvings(scale: Array) -> Int32[Array, "..."]:
     """How many times the places of each block are halved: 1 or 0."""
-    return (_exponent(scale) - _note(scale) > np.int32(20)).astype(np.int32)
+    return _pattern(scale) & np.int32(1)
 
 
-def _power_of_two(scale: Array) -> Float[Array, "..."]:
-    """The power of two of a bound. So a new bound moves no number of a grid."""
+def _unit(scale: Array) -> Float[Array, "..."]:
+    """The power of two of a scale. So a new bound moves no number of a grid."""
     return _number(_pattern(scale) & _EXPONENT)
 
 

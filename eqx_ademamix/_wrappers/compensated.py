@@ -44,6 +44,7 @@ from .._paths import (
     on_device,
     path_text,
 )
+from .._sharding import scalars_beside, zeros_beside
 from .._state import ArrayTree, next_count
 from .._storage.codec import Struct
 from .._typing import no_type_check
@@ -181,18 +182,19 @@ class Compensated(AbstractOptimizer[CompensatedState]):
         def remainder(p: Array | Struct | None, u: Node) -> Array | None:
             if p is None or u is None or not _is_16_bit(p):
                 return None
-            return jnp.zeros_like(as_array(p), dtype=dtype)
+            return zeros_beside(as_array(p), dtype)
 
         updates = _trained_by(self.optim, wide, inner_state)
         remainders = jax.tree.map(remainder, arrays, updates, is_leaf=is_entry)
         if jtu.tree_leaves(arrays) and not jtu.tree_leaves(remainders):
             warnings.warn(_NO_EFFECT, stacklevel=3)
         pairs = zip(like.values, flatten(remainders).values, strict=True)
+        zero = scalars_beside(jtu.tree_leaves(arrays))
         return CompensatedState(
             inner_state=inner_state,
             remainder=remainders,
-            count=jnp.zeros((), jnp.int32),
-            fingerprint=jnp.zeros((), jnp.uint32) if self.check_params else None,
+            count=zero(jnp.int32),
+            fingerprint=zero(jnp.uint32) if self.check_params else None,
             dtypes=tuple(str(x.dtype) for x, r in pairs if r is not None),
         )
 
