@@ -1,6 +1,7 @@
 """Random rounding depends on a leaf's path, its moment and the counter, and on nothing
 else: not on the other leaves, their number or their order."""
 
+import re
 import zlib
 from typing import Any
 
@@ -118,6 +119,35 @@ def test_leaves_moments_and_steps_are_rounded_differently():
     zero = jax.tree.map(jnp.zeros_like, same)
     _, two = eqx_ademamix.update(optim, zero, one, same)
     assert not np.array_equal(one.m1["a"].real[-1], two.m1["a"].real[-1])
+
+
+def kernels(program: Any) -> list[str]:
+    """The computations that XLA compiles to kernels, with names in order of use."""
+    text = re.sub(r", metadata=\{.*?\}", "", program.as_text())
+    found = re.findall(r"^%fused_computation\S* (.*?)^\}", text, re.S | re.M)
+
+    def renamed(body: str) -> str:
+        names: dict[str, str] = {}
+        return re.sub(
+            r"%[\w.\-]+", lambda m: names.setdefault(m[0], f"%{len(names)}"), body
+        )
+
+    return [renamed(re.sub(r"param_[\w.]+:", "", body)) for body in found]
+
+
+@pytest.mark.parametrize("name", ("compact", "half"))
+def test_equal_leaves_share_kernels(name: str):
+    """XLA on CPUs compiles equal kernels once. If seeds were numbers, each leaf would
+    have kernels of its own, and many leaves would compile for minutes."""
+
+    def distinct(count: int) -> int:
+        params = {str(i): draw(i) for i in range(count)}
+        optim = AdEMAMix(1e-2, state_format=FORMATS[name])
+        args = params, eqx_ademamix.init(optim, params), params
+        step = jax.jit(lambda g, s, p: eqx_ademamix.update(optim, g, s, p))
+        return len(set(kernels(step.lower(*args).compile())))
+
+    assert distinct(3) == distinct(8)
 
 
 def test_the_hash_of_a_path_is_stable():
