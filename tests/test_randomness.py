@@ -135,6 +135,10 @@ def kernels(program: Any) -> list[str]:
     return [renamed(re.sub(r"param_[\w.]+:", "", body)) for body in found]
 
 
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 6, 0),
+    reason="Older versions of XLA make short arrays a part of kernels, too.",
+)
 @pytest.mark.parametrize("name", ("compact", "half"))
 def test_equal_leaves_share_kernels(name: str):
     """XLA on CPUs compiles equal kernels once. If seeds were numbers, each leaf would
