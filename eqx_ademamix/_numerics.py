@@ -236,8 +236,8 @@ def _word(x: int | Integer[Array, ""]) -> UInt32[Array, ""]:
 def seed_at(count: Integer[Array, ""], path: UInt32[Array, "2"]) -> UInt32[Array, ""]:
     """What the rounding of a leaf in one step depends on, from the counter and the
     path, as `path_words` gives it. It grows by an odd number in every step."""
-    count = count.astype(np.uint32)
-    return path[count & np.uint32(1)] + count * _GOLDEN
+    step = count.astype(np.uint32) + np.uint32(1)
+    return path[step & np.uint32(1)] + step * _GOLDEN
 
 
 def path_words(path: str) -> np.ndarray:
