@@ -114,7 +114,6 @@ def power(x: Inexact[Array, "..."], order: int | float) -> Inexact[Array, "..."]
 
 
 def norm_power(x: Inexact[Array, "..."], order: int | float) -> Float[Array, "..."]:
-    """$|x|^n$, real."""
     """$|x|^n$, real also for a complex `x`. Where the square of a finite number
     overflows, it is the largest finite number, since an infinite average never
     recovers."""
@@ -133,8 +132,8 @@ def norm_power(x: Inexact[Array, "..."], order: int | float) -> Float[Array, "..
 def largest_gradient(*kept: DType) -> float:
     """The largest magnitude of a gradient whose square and whose averages, kept in
     these dtypes, are finite. It is three quarters of the square root of the largest
-    number: a codec that rounds at random may store an average of such squares that is
-    too large by a half, and 0.75^2 * 1.5 < 1."""
+    number: a codec may store an average of such squares that is too large by a half,
+    and 0.75^2 * 1.5 < 1."""
     narrowest = min(map(compute_dtype, kept), key=lambda dtype: dtype.itemsize)
     return 0.75 * math.sqrt(float(jnp.finfo(narrowest).max))
 
@@ -241,7 +240,7 @@ def seed_at(count: Integer[Array, ""], path: UInt32[Array, "2"]) -> UInt32[Array
 
 
 def path_words(path: str) -> np.ndarray:
-    """The hash of a path, for even and for odd counters. XLA on CPUs would make a
+    """The hash of a path, for even and for odd steps. XLA on CPUs would make a
     single number a part of each kernel that uses it, and so compile the kernels of
     equal leaves once for each leaf. An array of two numbers it passes to one kernel."""
     word = text_hash(path)
@@ -256,7 +255,7 @@ def evenly_spread(
     return _positions(shape) * _GOLDEN + start
 
 
-def odd_numbers(shape: tuple[int, ...], axis: int = 0) -> UInt32[Array, "..."]:
+def odd_numbers(shape: tuple[int, ...], axis: int) -> UInt32[Array, "..."]:
     """A different odd number for each position of an array. Only the axes from `axis`
     on are told apart."""
     return _positions(shape, axis) * np.uint32(2 * int(_GOLDEN) % 2**32) + np.uint32(1)

@@ -355,8 +355,7 @@ def store(
     value: Array, like: Stored, seed: UInt32[Array, ""], bounds: Bounds | None
 ) -> tuple[Array, Stored]:
     """Stores a moment as another one is stored. Returns what the update is computed
-    from, and what is stored. `bounds` are
-    for a codec that takes them.
+    from, and what is stored. `bounds` are for a codec that takes them.
 
     From a codec the update gets what is read back. An update from the exact value would
     need the old codes after they are overwritten, and XLA on CPUs would copy all of
