@@ -242,7 +242,8 @@ def seed_at(count: Integer[Array, ""], path: UInt32[Array, "2"]) -> UInt32[Array
 def path_words(path: str) -> np.ndarray:
     """The hash of a path, for even and for odd steps. XLA on CPUs would make a
     single number a part of each kernel that uses it, and so compile the kernels of
-    equal leaves once for each leaf. An array of two numbers it passes to one kernel."""
+    equal leaves once for each leaf. An array of two numbers it passes to one kernel
+    (since jax 0.7.1)."""
     word = text_hash(path)
     return np.array([word, (word + 1) % 2**32], np.uint32)
 
