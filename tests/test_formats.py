@@ -308,6 +308,17 @@ def test_temporaries_of_a_step(name: str, shape: tuple[int, ...]):
     assert memory.temp_size_in_bytes <= 0.35 * size
 
 
+@pytest.mark.parametrize("block_size", (64, 100, 257, 4096))
+def test_temporaries_with_other_blocks(block_size: int):
+    """Also if a block has no whole number of parts, or many."""
+    one, two = ScaledFloat8(block_size), ScaledFloat16(block_size)
+    optim = AdEMAMix(1e-3, state_format=StateFormat(one, two, one))
+    grads = jnp.zeros((512, 4096))
+    jitted = jax.jit(optim.update, donate_argnums=1)
+    memory: Any = jitted.lower(grads, optim.init(grads)).compile().memory_analysis()
+    assert memory.temp_size_in_bytes <= 0.4 * grads.size
+
+
 @pytest.mark.parametrize("spec", (("x", None), (None, "x")), ids=("first", "last"))
 def test_sharding(spec: tuple[Any, ...]):
     """The codes have the sharding of the parameters, and the results are the same."""

@@ -131,6 +131,17 @@ def test_the_step_is_local(layout: str, name: str):
 
 
 @pytest.mark.parametrize("name", ("half", "compact"))
+@pytest.mark.parametrize("shape", ((4096, 40), (64, 64, 3, 3), (65_536,), (4096, 1)))
+def test_the_step_is_local_if_blocks_span_axes(name: str, shape: tuple[int, ...]):
+    """Blocks along several short axes, of which the first is split."""
+    sharding = NamedSharding(sharding_of("rows").mesh, P("a"))
+    x = jax.device_put(jnp.ones(shape), sharding)
+    optim = AdEMAMix(1e-3, state_format=FORMATS[name])
+    state = optim.init(x)
+    assert collectives(jax.jit(optim.update).lower(x, state).compile()) == []
+
+
+@pytest.mark.parametrize("name", ("half", "compact"))
 def test_blocks_that_span_devices(name: str):
     """Devices exchange no more than the maxima of 32 entries each."""
     sharding = sharding_of("columns")

@@ -35,35 +35,61 @@ def partial_maxima(x: Inexact[Array, "..."], block_size: int) -> Float[Array, ".
     as integers, are ordered as the magnitudes are, with NaNs above infinities, and XLA
     on CPUs finds the maximum of integers faster.
 
-    If blocks span several devices, they exchange the maxima of parts, and nothing else.
+    If aligned blocks span several devices, these exchange maxima, not entries.
     """
     pattern = lax.bitcast_convert_type(jnp.abs(x).astype(np.float32), np.int32)
     lead, length = rows(x.shape)
     block = min(block_size, length) or 1
-    part = _PART if block == length else _divisor(block)
-    maxima = _maxima_of_parts(_as_rows(pattern, lead, part), part)
-    each, count = -(-block // part), -(-length // block) or 1
-    missing = count * each - maxima.shape[-1]
-    if missing:
-        maxima = jnp.pad(maxima, [(0, 0)] * len(lead) + [(0, missing)])
-    maxima = _as_rows(maxima, lead, each).reshape(*lead, count, each)
+    if block == length or block % _PART == 0:
+        maxima = _of_aligned_blocks(pattern, lead, block)
+    else:
+        maxima = _of_other_blocks(pattern, lead, block)
+    while maxima.shape[-1] > _PART:
+        maxima = _maxima_of_parts(maxima)
     return lax.bitcast_convert_type(maxima, np.float32)
 
 
-def _divisor(block: int) -> int:
-    """The largest part into which a block can be divided."""
-    return next(part for part in range(_PART, 0, -1) if block % part == 0)
+def _of_aligned_blocks(
+    x: Int32[Array, "..."], lead: tuple[int, ...], block: int
+) -> Int32[Array, "..."]:
+    """The maxima of the parts of blocks that are whole rows, or made of whole parts. A
+    device needs no more of a block than its maxima, so blocks come after parts."""
+    maxima = _maxima_of_parts(_as_rows(x, lead, _PART))
+    each = -(-block // _PART)
+    maxima = _padded(maxima, -maxima.shape[-1] % each)
+    maxima = _as_rows(maxima, lead, each)
+    return maxima.reshape(*lead, maxima.shape[-1] // each, each)
 
 
-def _maxima_of_parts(x: Int32[Array, "..."], part: int) -> Int32[Array, "..."]:
-    """The maxima of parts along the last axis, the last of which may be shorter.
-    Nothing is padded, since XLA on CPUs would materialize that."""
-    count, rest = divmod(x.shape[-1], part)
-    whole = x[..., : count * part].reshape(*x.shape[:-1], count, part)
+def _of_other_blocks(
+    x: Int32[Array, "..."], lead: tuple[int, ...], block: int
+) -> Int32[Array, "..."]:
+    """The maxima of the parts of blocks, the last of which may be shorter."""
+    x = _as_rows(x, lead, block)
+    count, rest = divmod(x.shape[-1], block)
+    whole = x[..., : count * block].reshape(*lead, count, block)
+    maxima = _maxima_of_parts(whole)
+    if not rest:
+        return maxima
+    last = _maxima_of_parts(x[..., None, count * block :])
+    last = _padded(last, maxima.shape[-1] - last.shape[-1])
+    return jnp.concatenate([maxima, last], axis=-2)
+
+
+def _padded(x: Array, missing: int) -> Array:
+    """Adds zeros at the end of the last axis."""
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)]) if missing else x
+
+
+def _maxima_of_parts(x: Int32[Array, "..."]) -> Int32[Array, "..."]:
+    """The maxima of parts along the last axis, the last of which may be shorter. The
+    array is not padded, since XLA on CPUs would materialize that."""
+    count, rest = divmod(x.shape[-1], _PART)
+    whole = x[..., : count * _PART].reshape(*x.shape[:-1], count, _PART)
     maxima = jnp.max(whole, axis=-1)
     if not rest and count:
         return maxima
-    last = jnp.max(x[..., count * part :], axis=-1, initial=0, keepdims=True)
+    last = jnp.max(x[..., count * _PART :], axis=-1, initial=0, keepdims=True)
     return jnp.concatenate([maxima, last], axis=-1)
 
 

@@ -116,7 +116,8 @@ class ScaledFloat16(AbstractScaled):
     def __init__(self, block_size: int = 256, *, signed: bool = True):
         """**Arguments:**
 
-        - `block_size`: how many entries share a scale.
+        - `block_size`: how many entries share a scale. Multiples of 32 need the least
+            memory during a step.
         - `signed`: whether there are negative numbers. For `nu`, a
             [`eqx_ademamix.StateFormat`][] sets it to `False` for you.
 
@@ -178,7 +179,8 @@ class ScaledFloat8(AbstractScaled):
     def __init__(self, block_size: int = 256, *, signed: bool = True):
         """**Arguments:**
 
-        - `block_size`: how many entries share a scale.
+        - `block_size`: how many entries share a scale. Multiples of 32 need the least
+            memory during a step.
         - `signed`: whether there are negative numbers. For `nu`, a
             [`eqx_ademamix.StateFormat`][] sets it to `False` for you.
 
