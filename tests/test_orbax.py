@@ -226,3 +226,168 @@ def test_resume_is_exact(name: str, api: str, tmp_path: Path):
         after = jitted(name)(after)  # restored arrays are donated as they are
     assert_same(after, undisturbed(name, 12))
     assert jitted(name)._cache_size() == 1
+
+
+#
+# Other meshes
+#
+
+
+class Layout(NamedTuple):
+    """The number of devices, and how parameters and moments are spread over them."""
+
+    size: int
+    params: Callable[[Any, Mesh], NamedSharding]
+    state: Callable[[Any, Mesh], NamedSharding]
+
+
+LAYOUTS = {
+    "FSDP on 8": Layout(8, spread, spread),
+    "FSDP on 4": Layout(4, spread, spread),
+    "ZeRO-1 on 8": Layout(8, replicated, spread),
+    "ZeRO-1 on 4": Layout(4, replicated, spread),
+    "replicated on 2": Layout(2, replicated, replicated),
+}
+MOVES = (
+    ("FSDP on 8", "FSDP on 4"),
+    ("FSDP on 4", "FSDP on 8"),
+    ("FSDP on 8", "ZeRO-1 on 8"),
+    ("ZeRO-1 on 8", "FSDP on 8"),
+    ("ZeRO-1 on 8", "ZeRO-1 on 4"),
+    ("ZeRO-1 on 4", "FSDP on 8"),
+    ("FSDP on 8", "replicated on 2"),
+)
+
+
+def abstract_run(name: str, layout: str) -> Run:
+    """The types and shardings of a run. No array is made."""
+    size, params, state = LAYOUTS[layout]
+    run = eqx.filter_eval_shape(make_run, name, mesh_of(size))
+    place = lambda sharding, tree: jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=sharding(x, mesh_of(size))
+        ),
+        tree,
+    )
+    return Run(place(params, run.params), place(state, run.state))
+
+
+def shardings(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x.sharding, tree)
+
+
+@pytest.mark.parametrize(("old", "new"), MOVES)
+@formats
+def test_another_mesh(name: str, old: str, new: str, tmp_path: Path):
+    before = jax.device_put(undisturbed(name, 6), shardings(abstract_run(name, old)))
+    save_standard(tmp_path / "checkpoint", before)
+    like = abstract_run(name, new)
+    after = restore_standard(tmp_path / "checkpoint", like)
+    assert digest(after) == digest(before)
+    assert shardings(after) == shardings(like)
+
+    there: Any = jax.jit(
+        ft.partial(step, OPTIMIZERS[name]),
+        out_shardings=shardings(like),
+        donate_argnums=0,
+    )
+    for _ in range(6):
+        after = there(after)
+    assert shardings(after) == shardings(like)
+    assert there._cache_size() == 1
+    assert digest(after) == digest(undisturbed(name, 12))
+
+
+@pytest.mark.parametrize("api", APIS)
+def test_every_api_restores_onto_another_mesh(api: str, tmp_path: Path):
+    before, like = undisturbed("compact", 6), abstract_run("compact", "ZeRO-1 on 4")
+    APIS[api].save(tmp_path / "checkpoint", before)
+    after = APIS[api].restore(tmp_path / "checkpoint", like)
+    assert digest(after) == digest(before)
+    assert shardings(after) == shardings(like)
+
+
+#
+# Another process, saving in the background, whole modules
+#
+
+
+def resume(path: Path, name: str) -> None:
+    """What the other process does: it prints a digest of the resumed run."""
+    run = restore_standard(path, make_run(name, mesh_of(8)))
+    print(digest(train(jitted(name), run, 6)))
+
+
+def test_resume_in_a_fresh_process(tmp_path: Path):
+    path = tmp_path / "checkpoint"
+    save_standard(path, undisturbed("compact", 6))
+    code = (
+        "import pathlib, sys; from tests import conftest, test_orbax; "
+        "test_orbax.resume(pathlib.Path(sys.argv[1]), 'compact')"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, path],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == digest(undisturbed("compact", 12))
+
+
+@formats
+def test_the_run_goes_on_while_orbax_saves(name: str, tmp_path: Path):
+    """Orbax has its own copy of what it saves, so the arrays can be donated."""
+    run = train(jitted(name), make_run(name, mesh_of(8)), 6)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "checkpoint", run)
+        for _ in range(6):
+            run = jitted(name)(run)
+        checkpointer.wait_until_finished()
+        saved = checkpointer.restore(tmp_path / "checkpoint", run)
+    assert_same(saved, undisturbed(name, 6))
+    assert_same(run, undisturbed(name, 12))
+
+
+def has_entries(x: Any) -> bool:
+    """Whether Orbax takes it. It refuses functions and arrays of size zero."""
+    return eqx.is_array(x) and x.size > 0
+
+
+@pytest.mark.parametrize("api", APIS)
+def test_whole_modules(api: str, tmp_path: Path):
+    """A model with functions, static fields and an empty array, its state, and a key."""
+    optim = AdEMAMix(1e-3, state_format=COMPACT)
+
+    def make(seed: int) -> Any:
+        key = jax.random.key(seed)
+        model = {"zoo": make_zoo(key), "empty": jnp.zeros((0, 3))}
+        state = eqx_ademamix.init(optim, model)
+        return model, state, jax.random.key_data(key), jnp.int32(seed)
+
+    saved, template = make(1), make(2)
+    APIS[api].save(tmp_path / "checkpoint", eqx.filter(saved, has_entries))
+    arrays, rest = eqx.partition(template, has_entries)
+    restored = eqx.combine(APIS[api].restore(tmp_path / "checkpoint", arrays), rest)
+    assert jtu.tree_structure(restored) == jtu.tree_structure(template)
+    assert digest(eqx.filter(restored, eqx.is_array)) == digest(
+        eqx.filter(saved, eqx.is_array)
+    )
+    model, state, key_data, _ = restored
+    assert model["zoo"].function is jnp.tanh and model["empty"].shape == (0, 3)
+    assert jnp.all(jax.random.wrap_key_data(key_data) == jax.random.key(1))
+    grads = eqx.filter(model, eqx.is_inexact_array)
+    # Traces the step, and so checks that the state fits the model.
+    eqx.filter_eval_shape(eqx_ademamix.update, optim, grads, state, model)
+
+
+@pytest.mark.parametrize("api", APIS)
+@formats
+def test_complex_moments(name: str, api: str, tmp_path: Path):
+    """An encoded complex moment has two groups of arrays."""
+    x = jax.device_put(jnp.ones((8, 256), jnp.complex64), spread(np.ones(8), mesh_of(8)))
+    like = eqx_ademamix.init(AdEMAMix(1e-3, state_format=FORMATS[name]), x)
+    state = jax.tree.map(lambda x: x + jnp.asarray(1, x.dtype), like)
+    APIS[api].save(tmp_path / "checkpoint", state)
+    assert_same(APIS[api].restore(tmp_path / "checkpoint", like), state)
