@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import Mesh, NamedSharding
@@ -48,6 +49,13 @@ OPTIMIZERS: dict[str, Any] = {
     **{f"simplified {name}": simplified(name) for name in FORMATS},
     **{f"compensated {name}": Compensated(ademamix(name)) for name in FORMATS},
     "b1=0": AdEMAMix(1e-2, b1=0.0, bias_correct_m2=True, **SCHEDULES),
+    "chain": optax.chain(
+        optax.clip(1.0),
+        eqx_ademamix.scale_by_ademamix(
+            0.9, 0.999, 0.99, 3.0, SCHEDULES["b3"], SCHEDULES["alpha"]
+        ),
+        optax.scale(-1e-2),
+    ),
 }
 optimizers = pytest.mark.parametrize("name", OPTIMIZERS)
 formats = pytest.mark.parametrize("name", FORMATS)
