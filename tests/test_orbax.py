@@ -1,5 +1,5 @@
-"""Sharded states saved and restored by Orbax, as they are. A resumed run equals one that
-was not interrupted, bit for bit."""
+"""Sharded states saved and restored by Orbax, as they are. A resumed run equals one
+that was not interrupted, bit for bit."""
 
 import functools as ft
 import hashlib
@@ -40,7 +40,7 @@ def ademamix(name: str) -> AdEMAMix:
 
 
 def simplified(name: str) -> SimplifiedAdEMAMix:
-    rate = eqx_ademamix.alpha_scheduler(1e-2, warmup=10)
+    rate: Any = eqx_ademamix.alpha_scheduler(1e-2, warmup=10)
     return SimplifiedAdEMAMix(rate, state_format=FORMATS[name])
 
 
@@ -67,40 +67,40 @@ formats = pytest.mark.parametrize("name", FORMATS)
 
 
 class Api(NamedTuple):
-    save: Callable[[Path, Any], None]
-    restore: Callable[[Path, Any], Any]
+    save: Callable[[str, Any], None]
+    restore: Callable[[str, Any], Any]
 
 
-def save_standard(path: Path, tree: Any) -> None:
+def save_standard(path: str, tree: Any) -> None:
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path, tree)
         checkpointer.wait_until_finished()
 
 
-def restore_standard(path: Path, like: Any) -> Any:
+def restore_standard(path: str, like: Any) -> Any:
     with ocp.StandardCheckpointer() as checkpointer:
         return checkpointer.restore(path, like)
 
 
-def save_pytree(path: Path, tree: Any) -> None:
+def save_pytree(path: str, tree: Any) -> None:
     with ocp.PyTreeCheckpointer() as checkpointer:
         checkpointer.save(path, tree)
 
 
-def restore_pytree(path: Path, like: Any) -> Any:
+def restore_pytree(path: str, like: Any) -> Any:
     args = ocp.checkpoint_utils.construct_restore_args(like)
     with ocp.PyTreeCheckpointer() as checkpointer:
         return checkpointer.restore(path, item=like, restore_args=args)
 
 
-def save_managed(path: Path, tree: Any) -> None:
+def save_managed(path: str, tree: Any) -> None:
     options = ocp.CheckpointManagerOptions(max_to_keep=2)
     with ocp.CheckpointManager(path, options=options) as manager:
         for i in range(3):
             manager.save(i, args=ocp.args.StandardSave(tree))
 
 
-def restore_managed(path: Path, like: Any) -> Any:
+def restore_managed(path: str, like: Any) -> Any:
     with ocp.CheckpointManager(path) as manager:
         assert list(manager.all_steps()) == [1, 2]
         return manager.restore(2, args=ocp.args.StandardRestore(like))
@@ -118,20 +118,25 @@ if importlib.util.find_spec("orbax.checkpoint.experimental.v1"):
 
     if hasattr(v1, "save_async"):
 
-        def save_v1_async(path: Path, tree: Any) -> None:
+        def save_v1_async(path: str, tree: Any) -> None:
             v1.save_async(path, tree).result()
 
-        def save_v1_managed(path: Path, tree: Any) -> None:
+        def save_v1_managed(path: str, tree: Any) -> None:
             with v1.training.Checkpointer(path) as checkpointer:
                 checkpointer.save_async(1, tree).result()
 
-        def restore_v1_managed(path: Path, like: Any) -> Any:
+        def restore_v1_managed(path: str, like: Any) -> Any:
             with v1.training.Checkpointer(path) as checkpointer:
                 return checkpointer.load(1, like)
 
         APIS["v1"] = Api(v1.save, v1.load)
         APIS["v1, async"] = Api(save_v1_async, v1.load)
         APIS["v1.training"] = Api(save_v1_managed, restore_v1_managed)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    return str(tmp_path / "checkpoint")
 
 
 #
@@ -222,17 +227,18 @@ def digest(tree: Any) -> str:
 #
 
 
+@pytest.mark.parametrize("num_steps", (6, 12))
 @pytest.mark.parametrize("api", APIS)
 @optimizers
-def test_resume_is_exact(name: str, api: str, tmp_path: Path):
+def test_resume_is_exact(name: str, api: str, num_steps: int, path: str):
     """The template is what `init` returned. The warm-ups end after 10 steps."""
-    before = undisturbed(name, 6)
-    APIS[api].save(tmp_path / "checkpoint", before)
-    after = APIS[api].restore(tmp_path / "checkpoint", make_run(name, mesh_of(8)))
+    before = undisturbed(name, num_steps)
+    APIS[api].save(path, before)
+    after = APIS[api].restore(path, make_run(name, mesh_of(8)))
     assert_same(after, before)
     for _ in range(6):
         after = jitted(name)(after)  # restored arrays are donated as they are
-    assert_same(after, undisturbed(name, 12))
+    assert_same(after, undisturbed(name, num_steps + 6))
     assert jitted(name)._cache_size() == 1
 
 
@@ -286,11 +292,11 @@ def shardings(tree: Any) -> Any:
 
 @pytest.mark.parametrize(("old", "new"), MOVES)
 @formats
-def test_another_mesh(name: str, old: str, new: str, tmp_path: Path):
+def test_another_mesh(name: str, old: str, new: str, path: str):
     before = jax.device_put(undisturbed(name, 6), shardings(abstract_run(name, old)))
-    save_standard(tmp_path / "checkpoint", before)
+    save_standard(path, before)
     like = abstract_run(name, new)
-    after = restore_standard(tmp_path / "checkpoint", like)
+    after = restore_standard(path, like)
     assert digest(after) == digest(before)
     assert shardings(after) == shardings(like)
 
@@ -307,10 +313,10 @@ def test_another_mesh(name: str, old: str, new: str, tmp_path: Path):
 
 
 @pytest.mark.parametrize("api", APIS)
-def test_every_api_restores_onto_another_mesh(api: str, tmp_path: Path):
+def test_every_api_restores_onto_another_mesh(api: str, path: str):
     before, like = undisturbed("compact", 6), abstract_run("compact", "ZeRO-1 on 4")
-    APIS[api].save(tmp_path / "checkpoint", before)
-    after = APIS[api].restore(tmp_path / "checkpoint", like)
+    APIS[api].save(path, before)
+    after = APIS[api].restore(path, like)
     assert digest(after) == digest(before)
     assert shardings(after) == shardings(like)
 
@@ -320,40 +326,44 @@ def test_every_api_restores_onto_another_mesh(api: str, tmp_path: Path):
 #
 
 
-def resume(path: Path, name: str) -> None:
-    """What the other process does: it prints a digest of the resumed run."""
-    run = restore_standard(path, make_run(name, mesh_of(8)))
-    print(digest(train(jitted(name), run, 6)))
+RESUMED = (*FORMATS, "simplified compact", "compensated compact")
+
+
+def resume(folder: str) -> None:
+    """What the other process does. It prints a digest of each resumed run."""
+    for name in RESUMED:
+        run = restore_standard(f"{folder}/{name}", make_run(name, mesh_of(8)))
+        print(digest(train(jitted(name), run, 6)))
 
 
 def test_resume_in_a_fresh_process(tmp_path: Path):
-    path = tmp_path / "checkpoint"
-    save_standard(path, undisturbed("compact", 6))
+    for name in RESUMED:
+        save_standard(f"{tmp_path}/{name}", undisturbed(name, 6))
     code = (
-        "import pathlib, sys; from tests import conftest, test_orbax; "
-        "test_orbax.resume(pathlib.Path(sys.argv[1]), 'compact')"
+        "import sys; from tests import conftest, test_orbax; "
+        "test_orbax.resume(sys.argv[1])"
     )
     result = subprocess.run(
-        [sys.executable, "-c", code, path],
+        [sys.executable, "-c", code, tmp_path],
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout.strip() == digest(undisturbed("compact", 12))
+    assert result.stdout.split() == [digest(undisturbed(name, 12)) for name in RESUMED]
 
 
 @formats
-def test_the_run_goes_on_while_orbax_saves(name: str, tmp_path: Path):
+def test_the_run_goes_on_while_orbax_saves(name: str, path: str):
     """Orbax has its own copy of what it saves, so the arrays can be donated."""
     run = train(jitted(name), make_run(name, mesh_of(8)), 6)
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(tmp_path / "checkpoint", run)
+        checkpointer.save(path, run)
         for _ in range(6):
             run = jitted(name)(run)
         checkpointer.wait_until_finished()
-        saved = checkpointer.restore(tmp_path / "checkpoint", run)
+        saved = checkpointer.restore(path, run)
     assert_same(saved, undisturbed(name, 6))
     assert_same(run, undisturbed(name, 12))
 
@@ -364,8 +374,8 @@ def has_entries(x: Any) -> bool:
 
 
 @pytest.mark.parametrize("api", APIS)
-def test_whole_modules(api: str, tmp_path: Path):
-    """A model with functions, static fields and an empty array, its state, and a key."""
+def test_whole_modules(api: str, path: str):
+    """A model with functions, static fields and an empty array; its state; a key."""
     optim = AdEMAMix(1e-3, state_format=COMPACT)
 
     def make(seed: int) -> Any:
@@ -375,9 +385,9 @@ def test_whole_modules(api: str, tmp_path: Path):
         return model, state, jax.random.key_data(key), jnp.int32(seed)
 
     saved, template = make(1), make(2)
-    APIS[api].save(tmp_path / "checkpoint", eqx.filter(saved, has_entries))
+    APIS[api].save(path, eqx.filter(saved, has_entries))
     arrays, rest = eqx.partition(template, has_entries)
-    restored = eqx.combine(APIS[api].restore(tmp_path / "checkpoint", arrays), rest)
+    restored = eqx.combine(APIS[api].restore(path, arrays), rest)
     assert jtu.tree_structure(restored) == jtu.tree_structure(template)
     assert digest(eqx.filter(restored, eqx.is_array)) == digest(
         eqx.filter(saved, eqx.is_array)
@@ -392,10 +402,12 @@ def test_whole_modules(api: str, tmp_path: Path):
 
 @pytest.mark.parametrize("api", APIS)
 @formats
-def test_complex_moments(name: str, api: str, tmp_path: Path):
+def test_complex_moments(name: str, api: str, path: str):
     """An encoded complex moment has two groups of arrays."""
-    x = jax.device_put(jnp.ones((8, 256), jnp.complex64), spread(np.ones(8), mesh_of(8)))
+    x = jax.device_put(
+        jnp.ones((8, 256), jnp.complex64), spread(np.ones(8), mesh_of(8))
+    )
     like = eqx_ademamix.init(AdEMAMix(1e-3, state_format=FORMATS[name]), x)
     state = jax.tree.map(lambda x: x + jnp.asarray(1, x.dtype), like)
-    APIS[api].save(tmp_path / "checkpoint", state)
-    assert_same(APIS[api].restore(tmp_path / "checkpoint", like), state)
+    APIS[api].save(path, state)
+    assert_same(APIS[api].restore(path, like), state)
