@@ -19,6 +19,7 @@ from ._checks import (
     check_weights,
 )
 from ._hyperparams import AbstractHyperparams, H, public_part
+from ._memory import any_in_host, is_in_host, to_device
 from ._optimizer import AbstractOptimizer
 from ._paths import (
     Node,
@@ -53,8 +54,9 @@ def hyperparams(optim: AbstractOptimizer[Any], state: PyTree) -> AbstractHyperpa
     **Arguments:**
 
     - `optim`: an [`eqx_ademamix.AdEMAMix`][] or [`eqx_ademamix.SimplifiedAdEMAMix`][],
-        alone or inside an [`eqx_ademamix.Compensated`][]. For an optax optimizer such
-        as a chain, pass the `AdEMAMix` inside it.
+        alone or inside an [`eqx_ademamix.Compensated`][] or
+        [`eqx_ademamix.Offloaded`][]. For an optax optimizer such as a chain, pass the
+        `AdEMAMix` inside it.
     - `state`: its state, or a tree that contains exactly one state of its kind, such as
         the state of an `optax.chain`.
 
@@ -112,9 +114,9 @@ def decoded(state: State) -> State:
 
     **Returns:**
 
-    The tree with a float32 (or complex64) array in place of each encoded moment.
-    Moments that are stored as a dtype stay as they are, and share their buffers with
-    `state`. [`eqx_ademamix.change_state_format`][] encodes them again.
+    The tree with a float32 (or complex64) array in place of each encoded moment, in the
+    memory of the device. Moments that are stored as a dtype stay as they are, and share
+    their buffers with `state`. [`eqx_ademamix.change_state_format`][] encodes them again.
 
     **Raises:**
 
@@ -134,7 +136,7 @@ def decoded(state: State) -> State:
     """
     if not states_in(state, is_moment_state):
         _raise_not_found("state", state, is_moment_state, "of AdEMAMix", "at least one")
-    array = lambda x: decode(x) if is_encoded(x) else x
+    array = lambda x: decode(to_device(x)) if is_encoded(x) else x
     return jax.tree.map(array, on_device(state), is_leaf=is_encoded)
 
 
@@ -183,7 +185,9 @@ def state_report(state: PyTree[Any]) -> str:
     **Returns:**
 
     Text for a person to read. For each trained array, a line has its path, its shape,
-    how each moment is stored, and the bytes per parameter of all moments.
+    how each moment is stored, and the bytes per parameter of all moments. `(host)`
+    marks a moment that is in the memory of the host, as
+    [`eqx_ademamix.Offloaded`][] puts it there.
 
     **Raises:**
 
@@ -218,7 +222,9 @@ def state_report(state: PyTree[Any]) -> str:
     lines = [_line(row, widths) for row in rows]
     size = sum(math.prod(moments.m2.shape) for _, moments in places)
     average = f", {total / size:.2f} per parameter" if size else ""
-    return "\n".join([f"The state takes {total:,} bytes{average}.", "", *lines])
+    in_host = state_bytes(eqx.filter(state, is_in_host))
+    where = f", {in_host:,} of them in the memory of the host" if in_host else ""
+    return "\n".join([f"The state takes {total:,} bytes{average}{where}.", "", *lines])
 
 
 def _places(moments: Moments[PyTree]) -> list[tuple[Path, Moments[Stored]]]:
@@ -241,9 +247,11 @@ def _row(path: Path, moments: Moments[Stored], shown: list[int]) -> tuple[str, .
 
 
 def _kind(moment: Stored | Struct | None) -> str:
-    if isinstance(moment, Encoded):
-        return type(moment.codec).__name__
-    return "none" if moment is None else str(moment.dtype)
+    if moment is None:
+        return "none"
+    is_code = isinstance(moment, Encoded)
+    kind = type(moment.codec).__name__ if is_code else str(moment.dtype)
+    return f"{kind} (host)" if any_in_host(moment) else kind
 
 
 def _line(row: tuple[str, ...], widths: list[int]) -> str:

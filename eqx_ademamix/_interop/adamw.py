@@ -8,6 +8,7 @@ import optax
 from jaxtyping import PyTree
 
 from .._inspection import find
+from .._memory import placed_as, to_device
 from .._optimizer import AbstractOptimizer, OptaxOptimizer, State
 from .._paths import Node, is_entry
 from .._state import AdEMAMixState
@@ -145,9 +146,10 @@ def _is_adam(x: Node) -> bool:
 
 def _zeros_sharded_as(x: Stored | None, own: Stored | None) -> Stored | None:
     """A moment of zeros with the sharding of another moment of the parameter, which may
-    differ from that of the parameter itself."""
+    differ from that of the parameter itself, and in the memory in which our own is."""
     if own is None or x is None:
         return None
     like = x.real[0] if isinstance(x, Encoded) else x
-    shaped = lambda part: like if part.shape == like.shape else part
-    return jax.tree.map(lambda part: jnp.zeros_like(shaped(part), part.dtype), own)
+    shaped = lambda part: to_device(like if part.shape == like.shape else part)
+    zeros = jax.tree.map(lambda part: jnp.zeros_like(shaped(part), part.dtype), own)
+    return placed_as(zeros, own)
