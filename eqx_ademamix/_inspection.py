@@ -116,7 +116,8 @@ def decoded(state: State) -> State:
 
     The tree with a float32 (or complex64) array in place of each encoded moment, in the
     memory of the device. Moments that are stored as a dtype stay as they are, and share
-    their buffers with `state`. [`eqx_ademamix.change_state_format`][] encodes them again.
+    their buffers with `state`. [`eqx_ademamix.change_state_format`][] encodes them
+    again.
 
     **Raises:**
 

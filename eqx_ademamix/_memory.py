@@ -36,7 +36,7 @@ def check_host_memory(arrays: Iterable[object]) -> None:
         )
 
 
-def _device_of(arrays: Iterable[object]) -> jax.Device:
+def _device_of(arrays: Iterable[object]) -> Any:  # `jax.Device` is not a static type
     """A device of this process on which arrays are, or on which JAX would put them."""
     known = (
         x for x in arrays if isinstance(x, jax.Array) and not isinstance(x, Tracer)

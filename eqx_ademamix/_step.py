@@ -254,10 +254,10 @@ def _apply(
     leaves = [leaf for leaf in selection.leaves if leaf.trained is not None]
     stepped: list[tuple[Array, Moments[Stored]]] = []
     for leaf, (decay, scale) in zip(leaves, plans, strict=True):
-        g, kept = leaf.grad, leaf.moments
-        if any_in_host(kept) and len(stepped) >= _IN_FLIGHT:
-            stepped[-_IN_FLIGHT], kept = after(stepped[-_IN_FLIGHT], kept)
-        m1, m2, nu = to_device(kept)
+        g, (m1, m2, nu) = leaf.grad, leaf.moments
+        is_in_host = any_in_host(leaf.moments)
+        if is_in_host:
+            m1, m2, nu = to_device(_in_turn(leaf.moments, stepped))
         p = leaf.trained if has_params else None
         real = compute_dtype(*(x.dtype for x in (g, p, m2, nu) if x is not None))
         key = state.count, path_words(jtu.keystr(leaf.path))
@@ -265,13 +265,28 @@ def _apply(
             scale = wide(scale)  # traced: a new number compiles nothing
         args = g, m2, nu, m1, p, scale, scalars(real), key
         update, moments = _leaf_step(rule, state.names, decay, *args)
-        stepped.append((update, placed_as(moments, kept)))
+        if is_in_host:
+            moments = placed_as(moments, leaf.moments)
+        stepped.append((update, moments))
     return stepped
 
 
-# Moments in the memory of the host are brought in for one leaf while the step on the
-# leaf before it is computed. The device never holds those of more leaves at once.
+# The moments of a leaf can be on their way to the device while the step on the leaf
+# before it is computed. Without a limit, XLA would bring in those of all leaves first.
 _IN_FLIGHT = 2
+
+
+def _in_turn(
+    moments: Moments[Stored], stepped: list[tuple[Array, Moments[Stored]]]
+) -> Moments[Stored]:
+    """Moments in the memory of the host, which wait there until those of an earlier
+    leaf are back. A barrier returns both, so it also replaces those in `stepped`."""
+    if len(stepped) < _IN_FLIGHT:
+        return moments
+    update, done = stepped[-_IN_FLIGHT]
+    done, moments = after(done, moments)
+    stepped[-_IN_FLIGHT] = update, done
+    return moments
 
 
 @ft.partial(jax.jit, static_argnums=(0, 1, 2))

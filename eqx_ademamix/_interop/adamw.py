@@ -42,8 +42,8 @@ def from_adamw(
         accumulated gradients are not carried over), ... (`optax.adamax` has a state of
         the same class, but with another meaning.)
     - `optim`: the optimizer that continues the run: an [`eqx_ademamix.AdEMAMix`][], an
-        [`eqx_ademamix.Compensated`][], or an optax optimizer such as `optax.chain(...)`
-        that contains exactly one `AdEMAMix`.
+        [`eqx_ademamix.Compensated`][] or [`eqx_ademamix.Offloaded`][] around it, or an
+        optax optimizer such as `optax.chain(...)` that contains exactly one `AdEMAMix`.
     - `params`: the model.
 
     **Returns:**

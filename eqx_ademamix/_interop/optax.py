@@ -38,10 +38,10 @@ def from_optax(
         another implementation, at any depth. For a
         [`eqx_ademamix.SimplifiedAdEMAMix`][], one `ScaleBySimplifiedAdEMAMixState`.
     - `optim`: the optimizer that continues the run: one of this package, an
-        [`eqx_ademamix.Compensated`][] around it, or an optax optimizer that contains
-        exactly one [`eqx_ademamix.AdEMAMix`][]. (Inside an optax optimizer, the decays
-        cannot be read. So a `SimplifiedAdEMAMix` must not be inside of one, nor an
-        `AdEMAMix` with `bias_correct_m2`.)
+        [`eqx_ademamix.Compensated`][] or [`eqx_ademamix.Offloaded`][] around it, or an
+        optax optimizer that contains exactly one [`eqx_ademamix.AdEMAMix`][]. (Inside
+        an optax optimizer, the decays cannot be read. So a `SimplifiedAdEMAMix` must
+        not be inside of one, nor an `AdEMAMix` with `bias_correct_m2`.)
     - `params`: the model.
 
     **Returns:**

@@ -79,12 +79,7 @@ class Offloaded(AbstractOptimizer[AbstractMomentState[Any]]):
         for example in a state that was made without `Offloaded`.
         [`eqx_ademamix.change_state_format`][] moves it there.
         """
-        if not isinstance(optim, AbstractMomentOptimizer):
-            raise TypeError(
-                f"`optim` is {describe(optim)}, but `Offloaded` goes directly around "
-                "an `AdEMAMix` or `SimplifiedAdEMAMix`. Put everything else around "
-                "`Offloaded`, for example `Compensated(Offloaded(optim))`."
-            )
+        _check_inner(optim)
         self.optim = optim
         self.moments = _checked_names(moments, optim)
 
@@ -116,6 +111,15 @@ class Offloaded(AbstractOptimizer[AbstractMomentState[Any]]):
         """The moments of one parameter, each in its memory."""
         put = lambda name, x: to_host(x) if name in self.moments else x
         return Moments(*map(put, self.optim.state_type.names, moments))
+
+
+def _check_inner(optim: object) -> None:
+    if not isinstance(optim, AbstractMomentOptimizer):
+        raise TypeError(
+            f"`optim` is {describe(optim)}, but `Offloaded` goes directly around an "
+            "`AdEMAMix` or `SimplifiedAdEMAMix`. Put everything else around "
+            "`Offloaded`, for example `Compensated(Offloaded(optim))`."
+        )
 
 
 def _checked_names(
