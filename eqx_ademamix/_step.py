@@ -277,8 +277,8 @@ _IN_FLIGHT = 2
 
 
 def _in_turn(
-    moments: Moments[Stored], stepped: list[tuple[Array, Moments[Stored]]]
-) -> Moments[Stored]:
+    moments: Moments[Stored | None], stepped: list[tuple[Array, Moments[Stored]]]
+) -> Moments[Stored | None]:
     """Moments in the memory of the host, which wait there until those of an earlier
     leaf are back. A barrier returns both, so it also replaces those in `stepped`."""
     if len(stepped) < _IN_FLIGHT:

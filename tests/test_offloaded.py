@@ -132,7 +132,7 @@ def run(optim: Any, params: Any, state: Any, steps: int = 20) -> tuple[Any, Any]
             assert x.is_deleted() and x.sharding.memory_kind == y.sharding.memory_kind
             assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
         before = after
-    assert step._cache_size() == 1  # pyright: ignore[reportFunctionMemberAccess]
+    assert step._cache_size() == 1  # pyright: ignore[reportAttributeAccessIssue]
     return before
 
 
@@ -372,7 +372,7 @@ def test_the_compiled_program():
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count('_xla_buffer_placement = "device"') == 3
     assert text.count('_xla_buffer_placement = "pinned_host"') == 3
-    text = traced.lower().compile().as_text()
+    text = str(traced.lower().compile().as_text())
     inputs, outputs = re.findall(r"entry_computation_layout={(.*)->(.*)}", text)[0]
     assert inputs.count("S(5)") == outputs.count("S(5)") == 3
     before = buffers(state.m2)
@@ -421,9 +421,9 @@ def test_inside_optax(name: str):
     for optim in (AdEMAMix(1e-3), Offloaded(AdEMAMix(1e-3))):
         wrapped = wrap(optim)
         state, step = wrapped.init(params), jax.jit(wrapped.update)
-        for _ in range(4):
-            updates, state = step(params, state, params)
-        outs.append((updates, state))
+        for _ in range(3):
+            _, state = step(params, state, params)
+        outs.append(step(params, state, params))
     assert_equal(*outs)
     assert sum(in_host(outs[1][1])) == len(params) and not any(in_host(outs[0][1]))
 
@@ -501,10 +501,10 @@ def test_derivatives(name: str):
     plain = AdEMAMix(1e-2, state_format=FORMATS[name], eps_root=1e-8)
 
     def total(optim: Any, g: Any) -> Any:
-        state = init(optim, params)
-        for _ in range(3):
-            updates, state = optim.update({**params, "a": g}, state, params)
-        return jnp.sum(updates["a"])
+        state, grads = init(optim, params), {**params, "a": g}
+        for _ in range(2):
+            _, state = optim.update(grads, state, params)
+        return jnp.sum(optim.update(grads, state, params)[0]["a"])
 
     for derive in (jax.grad, jax.jacfwd):
         found, expected = (
@@ -629,7 +629,7 @@ def test_a_carry_from_a_state_without_it():
 @feature
 def test_conversions():
     params = on_device(make_params())
-    optim = Offloaded(AdEMAMix(1e-3, state_format=COMPACT), ("m1", "m2"))
+    optim: Any = Offloaded(AdEMAMix(1e-3, state_format=COMPACT), ("m1", "m2"))
     adam, theirs = optax.adam(1e-3), optax.contrib.ademamix(1e-3)
     assert hosted(eqx_ademamix.from_adamw(adam.init(params), optim, params)) == {
         "m1",

@@ -1,6 +1,6 @@
 """Moments that are in the memory of the host between two steps."""
 
-from typing import Any
+from typing import Any, Generic
 
 import equinox as eqx
 import jax.tree_util as jtu
@@ -10,14 +10,14 @@ from .._checks import check_alive, check_state_type
 from .._memory import HOST, check_host_memory, is_in_host, to_host
 from .._optimizer import AbstractOptimizer, hash_of
 from .._paths import describe, path_text, shortened
-from .._state import AbstractMomentState
+from .._state import AbstractMomentState, S
 from .._step import AbstractMomentOptimizer, start
 from .._storage.codec import Stored
 from .._storage.format import Moments
 from .._typing import no_type_check
 
 
-class Offloaded(AbstractOptimizer[AbstractMomentState[Any]]):
+class Offloaded(AbstractOptimizer[S], Generic[S]):
     """Wraps an optimizer of this package, and keeps some of its moments in the memory
     of the host (`pinned_host`). The memory of the device then has room for a larger
     model or batch, but each step takes longer.
@@ -53,13 +53,13 @@ class Offloaded(AbstractOptimizer[AbstractMomentState[Any]]):
         ```
     """
 
-    optim: AbstractMomentOptimizer[Any, Any]
+    optim: AbstractMomentOptimizer[S, Any]
     moments: tuple[str, ...] = eqx.field(static=True)
 
     @no_type_check
     def __init__(
         self,
-        optim: AbstractMomentOptimizer[Any, Any],
+        optim: AbstractMomentOptimizer[S, Any],
         moments: tuple[str, ...] = ("m2",),
     ):
         """**Arguments:**
@@ -84,7 +84,7 @@ class Offloaded(AbstractOptimizer[AbstractMomentState[Any]]):
         self.moments = _checked_names(moments, optim)
 
     @no_type_check
-    def init(self, params: PyTree) -> AbstractMomentState[Any]:
+    def init(self, params: PyTree) -> S:
         """See [`eqx_ademamix.init`][]."""
         check_host_memory(jtu.tree_leaves(params))
         return start(self.optim, params, self._placed)
@@ -93,10 +93,10 @@ class Offloaded(AbstractOptimizer[AbstractMomentState[Any]]):
     def update(
         self,
         grads: PyTree,
-        state: AbstractMomentState[Any],
+        state: S,
         params: PyTree | None = None,
         **extra_args: object,
-    ) -> tuple[PyTree, AbstractMomentState[Any]]:
+    ) -> tuple[PyTree, S]:
         """See [`eqx_ademamix.update`][]."""
         check_state_type(state, grads, self.optim.state_type)
         check_alive("state", state)
