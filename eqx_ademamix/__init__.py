@@ -57,3 +57,4 @@ from ._storage.split import SplitBfloat16 as SplitBfloat16
 from ._version import __version__ as __version__
 from ._wrappers.compensated import Compensated as Compensated
 from ._wrappers.compensated import CompensatedState as CompensatedState
+from ._wrappers.offloaded import Offloaded as Offloaded

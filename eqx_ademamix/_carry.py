@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.core import Tracer
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 from jaxtyping import Array, PyTree
 
+from ._memory import is_in_host
 from ._numerics import AnyArray, DType
 from ._paths import (
     Node,
@@ -24,7 +25,7 @@ from ._paths import (
     path_text,
     with_article,
 )
-from ._sharding import is_explicit
+from ._sharding import Place, is_committed, is_explicit, place_beside
 
 
 NAMES = ("model", "state", "model_state")
@@ -44,17 +45,20 @@ class Type:
     shape: tuple[int, ...]
     dtype: DType | Any  # a PRNG key has a dtype of its own kind
     weak_type: bool
+    in_host: bool = False  # in the memory of the host
 
     def is_like(self, other: "Type") -> bool:
-        return (self.shape, self.dtype) == (other.shape, other.dtype)
+        mine = (self.shape, self.dtype, self.in_host)
+        return mine == (other.shape, other.dtype, other.in_host)
 
     def __str__(self) -> str:
         kind = f"weakly typed {self.dtype.name}" if self.weak_type else self.dtype.name
-        return f"{with_article(kind)} array of shape {self.shape}"
+        where = " in the memory of the host" if self.in_host else ""
+        return f"{with_article(kind)} array of shape {self.shape}{where}"
 
 
 def type_of(x: AnyArray | jax.ShapeDtypeStruct) -> Type:
-    return Type(x.shape, x.dtype, getattr(x, "weak_type", False))
+    return Type(x.shape, x.dtype, getattr(x, "weak_type", False), is_in_host(x))
 
 
 def is_array(x: Node) -> bool:
@@ -196,9 +200,9 @@ def _groups(types: Sequence[Type], placements: Sequence[Placement]) -> list[list
 
 def _is_small(x: Array, pack_below: int) -> bool:
     """Whether an array may share a buffer with others of its dtype. Not if that would
-    lose something: a weak type, a PRNG key, or a sharding."""
+    lose something: a weak type, a PRNG key, a sharding, or its memory."""
     is_key = jnp.issubdtype(x.dtype, jax.dtypes.extended)
-    if is_key or type_of(x).weak_type or x.size >= pack_below:
+    if is_key or type_of(x).weak_type or is_in_host(x) or x.size >= pack_below:
         return False
     return isinstance(x, Tracer) or x.sharding.is_fully_replicated
 
@@ -271,25 +275,31 @@ def carry_of(arrays: tuple[Array, ...], layout: Layout) -> TrainCarry:
 def copies_of(arrays: Sequence[AnyArray]) -> list[Array]:
     """Copies, so that nothing of the user's is donated, and no array twice.
 
-    Beside arrays on a mesh of devices, the others (the counters) are put on all of its
-    devices. Otherwise the first call would put them there, and the second one would
-    find arrays of another kind and compile again.
+    Beside arrays that were put on a mesh of devices or on a device by name, the others
+    (the counters) are put there. Otherwise the first call would do it, and the second
+    one would find arrays of another kind and compile again.
     """
-    shardings: list[Any] = [x.sharding for x in arrays if is_concrete(x)]
-    meshes = [x.mesh for x in shardings if isinstance(x, NamedSharding)]
-    everywhere = NamedSharding(meshes[0], PartitionSpec()) if meshes else None
-    return [_copy(_placed(x, everywhere)) for x in arrays]
+    place = place_beside(arrays)
+    return [copy_of(_placed(x, place)) for x in arrays]
 
 
 def is_concrete(x: object) -> TypeGuard[Array]:
     return isinstance(x, jax.Array) and not isinstance(x, Tracer)
 
 
-def _placed(x: AnyArray, everywhere: NamedSharding | None) -> AnyArray:
-    if everywhere is None or isinstance(x, Tracer):
+def _placed(x: AnyArray, place: Place) -> AnyArray:
+    if place is None or isinstance(x, Tracer):
         return x
-    is_on_mesh = is_concrete(x) and isinstance(x.sharding, NamedSharding)
-    return x if is_on_mesh else jax.device_put(x, everywhere)
+    is_there = is_committed(x) and isinstance(x.sharding, type(place))
+    return x if is_there else jax.device_put(x, place)
+
+
+def copy_of(x: AnyArray) -> Array:
+    """A copy in the same memory. Only the device computes, so it does not copy what is
+    in the memory of the host."""
+    if is_in_host(x) and is_concrete(x):
+        return jax.device_put(x, x.sharding, may_alias=False)
+    return _copy(x)
 
 
 _copy = jax.jit(jnp.copy)

@@ -21,6 +21,7 @@ from ._checks import (
     check_weights,
 )
 from ._hyperparams import AbstractHyperparams, H, public_part
+from ._memory import any_in_host, is_in_host, to_device
 from ._optimizer import AbstractOptimizer
 from ._paths import (
     Node,
@@ -65,8 +66,9 @@ def hyperparams(optim: AbstractOptimizer[Any], state: PyTree) -> AbstractHyperpa
     **Arguments:**
 
     - `optim`: an [`eqx_ademamix.AdEMAMix`][] or [`eqx_ademamix.SimplifiedAdEMAMix`][],
-        alone or inside an [`eqx_ademamix.Compensated`][]. For an optax optimizer such
-        as a chain, pass the `AdEMAMix` inside it.
+        alone or inside an [`eqx_ademamix.Compensated`][] or
+        [`eqx_ademamix.Offloaded`][]. For an optax optimizer such as a chain, pass the
+        `AdEMAMix` inside it.
     - `state`: its state, or a tree that contains exactly one state of its kind, such as
         the state of an `optax.chain`.
 
@@ -124,9 +126,10 @@ def decoded(state: State) -> State:
 
     **Returns:**
 
-    The tree with a float32 (or complex64) array in place of each encoded moment.
-    Moments that are stored as a dtype stay as they are, and share their buffers with
-    `state`. [`eqx_ademamix.change_state_format`][] encodes them again.
+    The tree with a float32 (or complex64) array in place of each encoded moment, in the
+    memory of the device. Moments that are stored as a dtype stay as they are, and share
+    their buffers with `state`. [`eqx_ademamix.change_state_format`][] encodes them
+    again.
 
     **Raises:**
 
@@ -146,7 +149,7 @@ def decoded(state: State) -> State:
     """
     if not states_in(state, is_moment_state):
         _raise_not_found("state", state, is_moment_state, "of AdEMAMix", "at least one")
-    array = lambda x: decode(x) if is_encoded(x) else x
+    array = lambda x: decode(to_device(x)) if is_encoded(x) else x
     return jax.tree.map(array, on_device(state), is_leaf=is_encoded)
 
 
@@ -199,6 +202,8 @@ def state_report(state: PyTree[Any]) -> str:
     is on several devices, the text also has the bytes on each device, the sharding of
     each moment, and whether blocks of a codec span devices, which then exchange scales
     in each step.
+    `(host)` marks a moment that is in the memory of the host, as
+    [`eqx_ademamix.Offloaded`][] puts it there.
 
     **Raises:**
 
@@ -234,6 +239,8 @@ def state_report(state: PyTree[Any]) -> str:
     size = sum(math.prod(moments.m2.shape) for _, moments in places)
     summary = f"The state takes {total:,} bytes"
     summary += f", {total / size:.2f} per parameter" if size else ""
+    in_host = state_bytes(eqx.filter(state, is_in_host))
+    summary += f", {in_host:,} of them in the memory of the host" if in_host else ""
     devices = _devices(state)
     if devices > 1:
         summary += f", {_bytes_per_device(state):,} on each of {devices} devices"
@@ -263,9 +270,11 @@ def _row(path: Path, moments: Moments[Stored], shown: list[int]) -> tuple[str, .
 
 
 def _kind(moment: Stored | Struct | None) -> str:
-    if isinstance(moment, Encoded):
-        return type(moment.codec).__name__
-    return "none" if moment is None else str(moment.dtype)
+    if moment is None:
+        return "none"
+    is_code = isinstance(moment, Encoded)
+    kind = type(moment.codec).__name__ if is_code else str(moment.dtype)
+    return f"{kind} (host)" if any_in_host(moment) else kind
 
 
 def _to_the_right(column: tuple[str, ...]) -> tuple[str, ...]:

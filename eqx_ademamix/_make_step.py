@@ -23,6 +23,7 @@ from ._carry import (
     carry_of,
     check_stable,
     copies_of,
+    copy_of,
     described,
     is_array,
     is_concrete,
@@ -33,6 +34,7 @@ from ._carry import (
 )
 from ._checks import check_alive, check_optimizer
 from ._hyperparams import checked_flag
+from ._memory import is_in_host
 from ._optimizer import AbstractOptimizer, OptaxOptimizer, init, update
 from ._paths import (
     Node,
@@ -159,7 +161,7 @@ class TrainStep:
         _check_not_donated(carry)
         layout = carry.layout
         leaves = self._separate(carry.arrays, layout.as_structure)
-        return layout.tree(leaves)
+        return layout.tree([copy_of(x) if is_in_host(x) else x for x in leaves])
 
     @no_type_check
     def __call__(self, carry: TrainCarry, *batch: PyTree) -> tuple[TrainCarry, Any]:
@@ -236,7 +238,8 @@ class TrainStep:
         return new
 
     def _leaves(self, stored: tuple[Array, ...], index: Structure) -> list[Array]:
-        return [jnp.copy(x) for x in self._layouts[len(index)].leaves(stored)]
+        leaves = self._layouts[len(index)].leaves(stored)
+        return [x if is_in_host(x) else jnp.copy(x) for x in leaves]
 
     def _functions(self, constants: Sequence[Array]) -> _Functions:
         treedef = jtu.tree_structure(self._arrays)

@@ -1,12 +1,12 @@
 """How arrays are split over devices, and arrays beside others."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeAlias, TypeGuard
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 from jaxtyping import Array
 
 from ._numerics import DTypeLike
@@ -54,16 +54,37 @@ def zeros_beside(like: Array, dtype: DTypeLike) -> Array:
 def scalars_beside(
     arrays: Sequence[Array | jax.ShapeDtypeStruct],
 ) -> Callable[[DTypeLike], Array]:
-    """A function from a dtype to a new scalar of zero, on all devices of the mesh that
-    the arrays are on, if they are on one. On one device only, the first step would move
-    it, and the second step would compile again."""
-    concrete = [x for x in arrays if not isinstance(x, Tracer)]
-    shardings = [getattr(x, "sharding", None) for x in concrete]
-    meshes = [x.mesh for x in shardings if isinstance(x, NamedSharding)]
-    if not meshes:
-        return lambda dtype: jnp.zeros((), dtype)
-    everywhere = NamedSharding(meshes[0], PartitionSpec())
-    return lambda dtype: jax.device_put(jnp.zeros((), dtype), everywhere)
+    """A function from a dtype to a new scalar of zero, where a step on the arrays will
+    put it. Otherwise the first step would move it, and the second step would compile
+    again."""
+    place = place_beside(arrays)
+    return lambda dtype: zeros_at(place, (), dtype)
+
+
+Place: TypeAlias = NamedSharding | SingleDeviceSharding | None
+
+
+def zeros_at(place: Place, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
+    x = jnp.zeros(shape, dtype)
+    return x if place is None else jax.device_put(x, place)
+
+
+def place_beside(arrays: Iterable[object]) -> Place:
+    """Where a step puts scalars: on all devices of the mesh that the arrays are on, or
+    on the device that they were put on by name. `None` if there is no such place."""
+    known = [x for x in arrays if not isinstance(x, Tracer)]
+    for sharding in (getattr(x, "sharding", None) for x in known):
+        if isinstance(sharding, NamedSharding):
+            return NamedSharding(sharding.mesh, PartitionSpec())
+    devices = {d for x in known if is_committed(x) for d in x.sharding.device_set}
+    return SingleDeviceSharding(*devices) if len(devices) == 1 else None
+
+
+def is_committed(x: object) -> TypeGuard[Array]:
+    """Whether an array was put on its device by name, or computed from one that was.
+    JAX may move any other."""
+    # Before JAX 0.4.31, the attribute was private.
+    return bool(getattr(x, "committed", getattr(x, "_committed", False)))
 
 
 def in_sharding_of(x: Array, like: Array) -> Array:

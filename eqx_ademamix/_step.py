@@ -3,7 +3,7 @@
 import abc
 import enum
 import functools as ft
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeAlias
 
 import equinox as eqx
@@ -37,6 +37,7 @@ from ._hyperparams import (
     wide,
 )
 from ._learning_rate_scale import Scales, as_scales
+from ._memory import after, any_in_host, placed_as, to_device
 from ._numerics import (
     DType,
     as_array,
@@ -127,14 +128,7 @@ class AbstractMomentOptimizer(AbstractOptimizer[S], Generic[S, H]):
     @no_type_check
     def init(self, params: PyTree) -> S:
         """See [`eqx_ademamix.init`][]."""
-        trained = trained_arrays(self.trainable, flatten(params), or_structs=True)
-        check_not_empty(params, trained)
-        as_bools(self.weight_decay_mask, trained, "weight_decay_mask")
-        as_scales(self.learning_rate_scale, trained, "learning_rate_scale")
-        arrays = [x for x in trained.values if x is not None]
-        blank = [_zeros(self.state_format, x, self.has_m1) for x in arrays]
-        zero = scalars_beside(arrays)
-        return self.state_type.start(_rebuilt(trained, blank), self.weights, zero)
+        return start(self, params, lambda moments: moments)
 
     @no_type_check
     def update(
@@ -180,6 +174,23 @@ if TYPE_CHECKING:
     Rule: TypeAlias = type[AbstractMomentOptimizer[Any, Any]]
 else:
     Rule = type  # older versions of beartype reject the subscripted one
+
+
+def start(
+    optim: AbstractMomentOptimizer[S, Any],
+    params: PyTree,
+    place: Callable[[Moments[Stored]], Moments[Stored]],
+) -> S:
+    """The state before the first step. `place` says in which memory the moments of a
+    leaf are, and gets them one leaf at a time."""
+    trained = trained_arrays(optim.trainable, flatten(params), or_structs=True)
+    check_not_empty(params, trained)
+    as_bools(optim.weight_decay_mask, trained, "weight_decay_mask")
+    as_scales(optim.learning_rate_scale, trained, "learning_rate_scale")
+    arrays = [x for x in trained.values if x is not None]
+    blank = [place(_zeros(optim.state_format, x, optim.has_m1)) for x in arrays]
+    zero = scalars_beside(arrays)
+    return optim.state_type.start(_rebuilt(trained, blank), optim.weights, zero)
 
 
 def _zeros(fmt: StateFormat, param: Array | Struct, has_m1: bool) -> Moments[Stored]:
@@ -237,12 +248,16 @@ def _apply(
     h: AbstractHyperparams,
     has_params: bool,
 ) -> list[tuple[Array, Moments[Stored]]]:
-    """Applies a rule to each trained leaf. Returns their updates and moments."""
+    """Applies a rule to each trained leaf. Returns their updates and moments, which are
+    in the memory that they were in before."""
     scalars = ft.cache(ft.partial(in_dtype, h))
     leaves = [leaf for leaf in selection.leaves if leaf.trained is not None]
     stepped: list[tuple[Array, Moments[Stored]]] = []
     for leaf, (decay, scale) in zip(leaves, plans, strict=True):
         g, (m1, m2, nu) = leaf.grad, leaf.moments
+        is_in_host = any_in_host(leaf.moments)
+        if is_in_host:
+            m1, m2, nu = to_device(_in_turn(leaf.moments, stepped))
         p = leaf.trained if has_params else None
         real = compute_dtype(*(x.dtype for x in (g, p, m2, nu) if x is not None))
         key = state.count, path_words(jtu.keystr(leaf.path))
@@ -250,8 +265,28 @@ def _apply(
             scale = wide(scale)  # traced: a new number compiles nothing
         args = g, m2, nu, m1, p, scale, scalars(real), key
         update, moments = _leaf_step(rule, state.names, decay, *args)
+        if is_in_host:
+            moments = placed_as(moments, leaf.moments)
         stepped.append((in_sharding_of(update, g if p is None else p), moments))
     return stepped
+
+
+# The moments of a leaf can be on their way to the device while the step on the leaf
+# before it is computed. Without a limit, XLA would bring in those of all leaves first.
+_IN_FLIGHT = 2
+
+
+def _in_turn(
+    moments: Moments[Stored | None], stepped: list[tuple[Array, Moments[Stored]]]
+) -> Moments[Stored | None]:
+    """Moments in the memory of the host, which wait there until those of an earlier
+    leaf are back. A barrier returns both, so it also replaces those in `stepped`."""
+    if len(stepped) < _IN_FLIGHT:
+        return moments
+    update, done = stepped[-_IN_FLIGHT]
+    done, moments = after(done, moments)
+    stepped[-_IN_FLIGHT] = update, done
+    return moments
 
 
 @ft.partial(jax.jit, static_argnums=(0, 1, 2))

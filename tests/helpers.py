@@ -18,6 +18,10 @@ SCHEDULES: Any = dict(
 )
 
 
+# Whether this jax has what `Offloaded` needs.
+HAS_HOST_MEMORY = jax.__version_info__ >= (0, 10, 2)
+
+
 def x64() -> Any:
     """A context with 64-bit types enabled."""
     if hasattr(jax, "enable_x64"):

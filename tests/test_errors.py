@@ -19,6 +19,7 @@ from eqx_ademamix import (
     AdEMAMix,
     AdEMAMixState,
     Compensated,
+    Offloaded,
     ScaledFloat8,
     ScaledFloat16,
     SimplifiedAdEMAMix,
@@ -1237,6 +1238,43 @@ CASES = (
         r"^params\['w'\] is sharded with NamedSharding\(.*, but `mesh` has the axes "
         r"\{'data': 1, 'model': 8\}\. Put the parameters on this mesh, or describe "
         r"them with `jax\.ShapeDtypeStruct`\.$",
+    ),
+    # Offloaded
+    (
+        "Offloaded, wrong optimizer",
+        lambda: Offloaded(COMPENSATED),
+        "`optim` is a `Compensated`, but `Offloaded` goes directly around an `AdEMAMix`",
+    ),
+    (
+        "Offloaded, a class",
+        lambda: Offloaded(AdEMAMix),
+        "`optim` is the class `AdEMAMix`, but `Offloaded` goes directly around",
+    ),
+    (
+        "Offloaded, wrong name",
+        lambda: Offloaded(OPTIM, ("m2", "m3")),
+        r"`moments` is \('m2', 'm3'\), but a tuple of names was expected. The moments of "
+        "this AdEMAMix are 'm1', 'm2', 'nu'",
+    ),
+    (
+        "Offloaded, no name",
+        lambda: Offloaded(OPTIM, ()),
+        r"`moments` is \(\), but a tuple of names was expected",
+    ),
+    (
+        "Offloaded, a string",
+        lambda: Offloaded(OPTIM, "m2"),
+        "`moments` is the str 'm2', but a tuple of names was expected",
+    ),
+    (
+        "Offloaded, b1=0",
+        lambda: Offloaded(AdEMAMix(1e-3, b1=0.0), ("m1",)),
+        "The moments of this AdEMAMix are 'm2', 'nu'",
+    ),
+    (
+        "Offloaded, the default names",
+        lambda: Offloaded(SIMPLIFIED),
+        "The moments of this SimplifiedAdEMAMix are 'm', 'nu'",
     ),
     # Compensated
     (

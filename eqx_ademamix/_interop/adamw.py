@@ -8,6 +8,7 @@ import optax
 from jaxtyping import PyTree
 
 from .._inspection import find
+from .._memory import placed_as, to_device
 from .._optimizer import AbstractOptimizer, OptaxOptimizer, State
 from .._paths import Node, is_entry
 from .._state import AdEMAMixState
@@ -41,8 +42,8 @@ def from_adamw(
         accumulated gradients are not carried over), ... (`optax.adamax` has a state of
         the same class, but with another meaning.)
     - `optim`: the optimizer that continues the run: an [`eqx_ademamix.AdEMAMix`][], an
-        [`eqx_ademamix.Compensated`][], or an optax optimizer such as `optax.chain(...)`
-        that contains exactly one `AdEMAMix`.
+        [`eqx_ademamix.Compensated`][] or [`eqx_ademamix.Offloaded`][] around it, or an
+        optax optimizer such as `optax.chain(...)` that contains exactly one `AdEMAMix`.
     - `params`: the model.
 
     **Returns:**
@@ -145,9 +146,10 @@ def _is_adam(x: Node) -> bool:
 
 def _zeros_sharded_as(x: Stored | None, own: Stored | None) -> Stored | None:
     """A moment of zeros with the sharding of another moment of the parameter, which may
-    differ from that of the parameter itself."""
+    differ from that of the parameter itself, and in the memory in which our own is."""
     if own is None or x is None:
         return None
     like = x.real[0] if isinstance(x, Encoded) else x
-    shaped = lambda part: like if part.shape == like.shape else part
-    return jax.tree.map(lambda part: jnp.zeros_like(shaped(part), part.dtype), own)
+    shaped = lambda part: to_device(like if part.shape == like.shape else part)
+    zeros = jax.tree.map(lambda part: jnp.zeros_like(shaped(part), part.dtype), own)
+    return placed_as(zeros, own)

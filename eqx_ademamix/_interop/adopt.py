@@ -12,6 +12,7 @@ from jaxtyping import Array, PyTree
 from .._checks import checked_leaves
 from .._filters import trained_arrays
 from .._inspection import decoded, find
+from .._memory import placed_as, to_device
 from .._numerics import (
     AnyArray,
     DType,
@@ -62,14 +63,16 @@ def adopted(
 def in_format(
     where: str, x: Array | np.ndarray, own: Stored, *, is_square: bool
 ) -> Stored:
-    """A copy of a moment, stored as our own of that parameter is, once its values are
-    known to be legal. `is_square` says that it is `nu`."""
+    """A copy of a moment, stored as our own of that parameter is, and in the memory in
+    which that is, once its values are known to be legal. `is_square` says that it is
+    `nu`."""
+    x = to_device(x)
     _check_values(where, x, own, is_square)
     x = jnp.asarray(x)
     if own.dtype.kind != "c":
         x = jnp.real(x)  # optax starts the `nu` of a complex parameter complex
     real = compute_dtype(x.dtype, own.dtype)
-    return copies(encode_like(cast(x, real), own))
+    return placed_as(copies(encode_like(cast(x, real), own)), own)
 
 
 def _check_values(
@@ -127,5 +130,5 @@ def copies(tree: PyTree) -> PyTree:
 
 def copied(x: AnyArray, dtype: DTypeLike | None = None) -> Array:
     """A copy of an array (of NumPy, too) in a buffer of its own, so that either may be
-    donated, with the same sharding."""
-    return jnp.array(x, dtype=dtype, copy=True)
+    donated, with the same sharding, in the memory of the device."""
+    return jnp.array(to_device(x), dtype=dtype, copy=True)

@@ -5,9 +5,10 @@ from typing import Any, overload
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from .._inspection import decoded, find, is_moment_state
+from .._memory import to_device
 from .._optimizer import AbstractOptimizer, OptaxOptimizer, State
 from .._paths import Node
 from .._state import AbstractMomentState, AdEMAMixState, SimplifiedAdEMAMixState
@@ -37,10 +38,10 @@ def from_optax(
         another implementation, at any depth. For a
         [`eqx_ademamix.SimplifiedAdEMAMix`][], one `ScaleBySimplifiedAdEMAMixState`.
     - `optim`: the optimizer that continues the run: one of this package, an
-        [`eqx_ademamix.Compensated`][] around it, or an optax optimizer that contains
-        exactly one [`eqx_ademamix.AdEMAMix`][]. (Inside an optax optimizer, the decays
-        cannot be read. So a `SimplifiedAdEMAMix` must not be inside of one, nor an
-        `AdEMAMix` with `bias_correct_m2`.)
+        [`eqx_ademamix.Compensated`][] or [`eqx_ademamix.Offloaded`][] around it, or an
+        optax optimizer that contains exactly one [`eqx_ademamix.AdEMAMix`][]. (Inside
+        an optax optimizer, the decays cannot be read. So a `SimplifiedAdEMAMix` must
+        not be inside of one, nor an `AdEMAMix` with `bias_correct_m2`.)
     - `params`: the model.
 
     **Returns:**
@@ -151,7 +152,7 @@ def to_optax(
             t=copied(found.count), m=copies(found.m), n=copies(found.nu)
         )
     has_m1 = jax.tree.leaves(found.m1) or not jax.tree.leaves(found.m2)
-    m1 = copies(found.m1) if has_m1 else jax.tree.map(jnp.zeros_like, found.m2)
+    m1 = copies(found.m1) if has_m1 else jax.tree.map(_zeros_like, found.m2)
     return optax.contrib.ScaleByAdemamixState(
         count=copied(found.count),
         count_m2=copied(found.count_m2),
@@ -159,6 +160,10 @@ def to_optax(
         m2=copies(found.m2),
         nu=copies(found.nu),
     )
+
+
+def _zeros_like(m2: Array) -> Array:
+    return jnp.zeros_like(to_device(m2))
 
 
 # Optax's states are recognized by their fields, since other implementations have named

@@ -11,6 +11,7 @@ from jaxtyping import PyTree
 
 from .._checks import check_counter
 from .._inspection import decoded, find, of
+from .._memory import placed_as
 from .._optimizer import AbstractOptimizer, OptaxOptimizer
 from .._paths import Node, Path, flatten, leaves_with_path
 from .._state import AbstractMomentState, AdEMAMixState
@@ -28,10 +29,12 @@ State = TypeVar("State")
 def change_state_format(
     state: State, optim: AbstractOptimizer[Any] | OptaxOptimizer, params: PyTree
 ) -> State:
-    """Stores the moments of a state in another format, in the middle of a run.
+    """Stores the moments of a state in another format or in another memory, in the
+    middle of a run.
 
-    Use it when `state_format` changes, or after arithmetic on the arrays of
-    [`eqx_ademamix.decoded`][], to encode them again.
+    Use it when `state_format` changes, when an [`eqx_ademamix.Offloaded`][] is added or
+    removed, or after arithmetic on the arrays of [`eqx_ademamix.decoded`][], to encode
+    them again.
 
     **Arguments:**
 
@@ -44,12 +47,12 @@ def change_state_format(
 
     **Returns:**
 
-    The same tree, with the moments stored as `optim` stores them, rounded to nearest.
-    Moments that are already stored like that are copied bit by bit. Counters and all
-    other parts of `state` keep their values. No buffer is shared with `state`. If
-    `optim` has `b1=0` and so needs no `m1`, that is dropped. If only one of the two has
-    `bias_correct_m2`, then `m2_weight` is dropped, or computed from the `b3` of `optim`
-    over all steps taken.
+    The same tree, with the moments stored as `optim` stores them, rounded to nearest,
+    in the memory in which it keeps them. Moments that are already stored like that are
+    copied bit by bit. Counters and all other parts of `state` keep their values. No
+    buffer is shared with `state`. If `optim` has `b1=0` and so needs no `m1`, that is
+    dropped. If only one of the two has `bias_correct_m2`, then `m2_weight` is dropped,
+    or computed from the `b3` of `optim` over all steps taken.
 
     **Raises:**
 
@@ -138,7 +141,7 @@ def _same_where_alike(old: PyTree, new: PyTree) -> PyTree:
     values: list[Stored | None] = []
     for path, x in zip(leaves.paths, leaves.values, strict=True):
         is_same = x is not None and _type(before[path]) == _type(x)
-        values.append(copies(before[path]) if is_same else x)
+        values.append(placed_as(copies(before[path]), x) if is_same else x)
     return leaves.rebuilt(values)
 
 

@@ -64,8 +64,8 @@ def from_torch(
     - `state_dict`: what `optimizer.state_dict()` returned, with its tensors converted
         to NumPy arrays.
     - `optim`: the optimizer that continues the run: an [`eqx_ademamix.AdEMAMix`][], an
-        [`eqx_ademamix.Compensated`][], or an optax optimizer such as `optax.chain(...)`
-        that contains exactly one `AdEMAMix`.
+        [`eqx_ademamix.Compensated`][] or [`eqx_ademamix.Offloaded`][] around it, or an
+        optax optimizer such as `optax.chain(...)` that contains exactly one `AdEMAMix`.
     - `params`: the model.
     - `names`: for each trained leaf of `params` its path, as error messages print it
         (`.layers[0].weight`, with or without `params` before it), mapped to the

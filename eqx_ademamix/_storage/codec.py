@@ -22,7 +22,7 @@ from .._numerics import (
     seed_of,
 )
 from .._paths import AbstractLeaf, describe
-from .._sharding import zeros_beside
+from .._sharding import place_beside, zeros_at, zeros_beside
 from .._typing import no_type_check
 
 
@@ -196,7 +196,8 @@ class AbstractCodec(eqx.Module):
             codes = zeros_beside(like, first.dtype)
             if _is_sharded(like):
                 return codes, *_zeros_beside(self, like)
-            return codes, *(jnp.zeros(x.shape, x.dtype) for x in rest)
+            place = place_beside([like])
+            return codes, *(zeros_at(place, x.shape, x.dtype) for x in rest)
 
         return Encoded(self, parts(), parts() if jnp.iscomplexobj(like) else None)
 
