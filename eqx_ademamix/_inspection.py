@@ -243,7 +243,9 @@ def state_report(state: PyTree[Any]) -> str:
     summary += f", {in_host:,} of them in the memory of the host" if in_host else ""
     devices = _devices(state)
     if devices > 1:
-        summary += f", {_bytes_per_device(state):,} on each of {devices} devices"
+        on_devices = eqx.filter(state, is_in_host, inverse=True)
+        each = _bytes_per_device(on_devices)
+        summary += f", {each:,} on each of {devices} devices"
         columns.append(("sharding", *(_shardings(moments) for _, moments in places)))
         columns.append(("note", *(_note(moments) for _, moments in places)))
     lines = table([*zip(*columns, strict=True)])

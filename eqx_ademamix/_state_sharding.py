@@ -11,6 +11,7 @@ from jaxtyping import Array, PyTree
 from ._checks import check_optimizer
 from ._filters import trained_arrays
 from ._inspection import BLOCKS_SPAN_DEVICES
+from ._memory import HOST, is_in_host
 from ._optimizer import AbstractOptimizer, OptaxOptimizer, init
 from ._paths import Node, Path, flatten, full_path_text, path_text, table
 from ._sharding import Spec, partition_spec, spec_of, spec_text
@@ -198,7 +199,7 @@ def _planned(
 ) -> _Plan:
     check_optimizer(optim)
     names = _checked_names(axis, mesh)
-    state = eqx.filter_eval_shape(init, optim, params)
+    state, in_host = _shapes(optim, params)
     parameters = _parameters(params)
     entries = flatten(state)
     pairs = list(zip(entries.paths, entries.values, strict=True))
@@ -213,9 +214,29 @@ def _planned(
         (owner, _parts(x, None if owner is None else choices[owner], mesh))
         for owner, (_, x) in zip(owners, pairs, strict=True)
     ]
-    flat = [part.sharding for _, entry in parts for part in entry]
+    flat = [
+        part.sharding.with_memory_kind(HOST) if is_there else part.sharding
+        for part, is_there in zip(
+            (x for _, e in parts for x in e), in_host, strict=True
+        )
+    ]
     shardings = jtu.tree_structure(state).unflatten(flat)
     return _Plan(mesh, names, parameters, choices, parts, shardings)
+
+
+def _shapes(
+    optim: AbstractOptimizer[Any] | OptaxOptimizer, params: PyTree
+) -> tuple[PyTree, list[bool]]:
+    """The state as shapes, and which of its arrays are in the memory of the host, which
+    shapes do not say."""
+    in_host: list[bool] = []
+
+    def start(params: PyTree) -> PyTree:
+        state = init(optim, params)
+        in_host.extend(map(is_in_host, jtu.tree_leaves(state)))
+        return state
+
+    return eqx.filter_eval_shape(start, params), in_host
 
 
 def _parameters(params: PyTree) -> dict[Path, Array | Struct]:
