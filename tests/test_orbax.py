@@ -249,43 +249,38 @@ def test_resume_is_exact(name: str, api: str, num_steps: int, path: str):
 #
 
 
-class Layout(NamedTuple):
-    """The number of devices, and how parameters and moments are spread over them."""
-
-    size: int
-    params: Callable[[Any, Mesh], NamedSharding]
-    state: Callable[[Any, Mesh], NamedSharding]
-
-
+# The number of devices, and how the parameters are spread over them.
 LAYOUTS = {
-    "FSDP on 8": Layout(8, spread, spread),
-    "FSDP on 4": Layout(4, spread, spread),
-    "ZeRO-1 on 8": Layout(8, replicated, spread),
-    "ZeRO-1 on 4": Layout(4, replicated, spread),
-    "replicated on 2": Layout(2, replicated, replicated),
+    "FSDP on 8": (8, spread),
+    "FSDP on 4": (4, spread),
+    "ZeRO-1 on 8": (8, replicated),
+    "ZeRO-1 on 2": (2, replicated),  # splits another axis
 }
 MOVES = (
     ("FSDP on 8", "FSDP on 4"),
     ("FSDP on 4", "FSDP on 8"),
     ("FSDP on 8", "ZeRO-1 on 8"),
     ("ZeRO-1 on 8", "FSDP on 8"),
-    ("ZeRO-1 on 8", "ZeRO-1 on 4"),
-    ("ZeRO-1 on 4", "FSDP on 8"),
-    ("FSDP on 8", "replicated on 2"),
+    ("ZeRO-1 on 8", "ZeRO-1 on 2"),
+    ("ZeRO-1 on 2", "FSDP on 8"),
 )
 
 
 def abstract_run(name: str, layout: str) -> Run:
     """The types and shardings of a run. No array is made."""
-    size, params, state = LAYOUTS[layout]
-    run = eqx.filter_eval_shape(make_run, name, mesh_of(size))
-    place = lambda sharding, tree: jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(
-            x.shape, x.dtype, sharding=sharding(x, mesh_of(size))
-        ),
-        tree,
+    size, spread_params = LAYOUTS[layout]
+    mesh = mesh_of(size)
+    params, state = eqx.filter_eval_shape(make_run, name, mesh)
+    params = placed(params, jax.tree.map(lambda x: spread_params(x, mesh), params))
+    optim = OPTIMIZERS[name]
+    where = eqx_ademamix.state_sharding(optim, params, mesh, axis="data")
+    return Run(params, placed(state, where))
+
+
+def placed(tree: Any, shardings: Any) -> Any:
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
     )
-    return Run(place(params, run.params), place(state, run.state))
 
 
 def shardings(tree: Any) -> Any:
@@ -316,7 +311,7 @@ def test_another_mesh(name: str, old: str, new: str, path: str):
 
 @pytest.mark.parametrize("api", APIS)
 def test_every_api_restores_onto_another_mesh(api: str, path: str):
-    before, like = undisturbed("compact", 6), abstract_run("compact", "ZeRO-1 on 4")
+    before, like = undisturbed("compact", 6), abstract_run("compact", "ZeRO-1 on 2")
     APIS[api].save(path, before)
     after = APIS[api].restore(path, like)
     assert digest(after) == digest(before)
