@@ -42,8 +42,10 @@ def is_key(x: ArrayLike) -> bool:
 def is_storable(x: ArrayLike) -> bool:
     """Whether it holds numbers, booleans or PRNG keys, as JAX's arrays do. A long
     double has other bits on other machines."""
-    is_number = any(jnp.issubdtype(x.dtype, kind) for kind in (np.number, np.bool_))
-    return is_key(x) or (is_number and x.dtype.char not in "gG")
+    if is_key(x):
+        return True
+    is_added = x.dtype.isbuiltin == 2  # such as bfloat16, which NumPy does not know
+    return is_added or (x.dtype.kind in "biufc" and x.dtype.char not in "gG")
 
 
 def is_enabled(x: ArrayLike) -> bool:
@@ -76,7 +78,7 @@ def raw_type(like: ArrayLike) -> tuple[DType, tuple[int, ...]]:
     """The dtype and the shape of what `to_raw` returns."""
     data = jax.eval_shape(jax.random.key_data, like) if is_key(like) else like
     pair = (2,) if data.dtype.kind == "c" else ()
-    return _raw_dtype(data.dtype), (*data.shape, *pair)
+    return _raw_dtype(data.dtype.newbyteorder("<")), (*data.shape, *pair)
 
 
 #
@@ -88,13 +90,14 @@ def from_raw(raw: Raw, like: ArrayLike) -> AnyArray:
     """An array of the type of `like`, on its devices, in memory of its own."""
     if is_key(like):
         keys = jax.random.wrap_key_data(jnp.asarray(raw), impl=_impl_of(like))
-        return _placed(keys, like)
+        return jax.block_until_ready(_placed(keys, like))
     host = raw.view(like.dtype.newbyteorder("<")).reshape(like.shape)
     if isinstance(like, (np.ndarray, np.generic)):
         host = host.astype(like.dtype, copy=False)
         return host if isinstance(like, np.ndarray) else host[()]
     array = _placed(host, like)
-    return _as_weak(array) if getattr(like, "weak_type", False) else array
+    array = _as_weak(array) if getattr(like, "weak_type", False) else array
+    return jax.block_until_ready(array)  # from here on, `raw` can go
 
 
 def _placed(x: Any, like: Any) -> Array:
@@ -107,7 +110,8 @@ def _placed(x: Any, like: Any) -> Array:
         return jax.device_put(x).copy()
     if is_key(x):
         return jax.device_put(x, sharding).copy()
-    return jax.make_array_from_callback(x.shape, sharding, lambda i: x[i]).copy()
+    array = jax.make_array_from_callback(x.shape, sharding, lambda i: x[i])
+    return jax.device_put(array.copy(), sharding)  # the copy may write it differently
 
 
 def _default_sharding() -> Any:

@@ -96,7 +96,7 @@ _VERSIONS = {
 def step_of(tree: PyTree) -> int | None:
     """The step that the only state in a tree has come to."""
     counts = [state.count for state in states_in(tree, is_moment_state)]
-    return int(counts[0]) if len(counts) == 1 and counts[0].shape == () else None
+    return int(counts[0]) if len(counts) == 1 and np.shape(counts[0]) == () else None
 
 
 def from_metadata(metadata: dict[str, str]) -> tuple[Contents, dict[str, str]]:

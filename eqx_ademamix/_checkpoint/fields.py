@@ -67,6 +67,12 @@ def _parts(node: Node) -> list[tuple[str, Node]]:
     """What is inside of a node, with the rest of the path to it."""
     if isinstance(node, type) or is_array(node):
         return []
+    if isinstance(node, ft.partial):  # also the one that is a tree
+        return [
+            (".func", node.func),
+            (".args", node.args),
+            (".keywords", node.keywords),
+        ]
     if dataclasses.is_dataclass(node):
         names = [field.name for field in dataclasses.fields(node)]
         return [part for name in names for part in _field(name, getattr(node, name))]
@@ -91,8 +97,6 @@ def _leaves(
 def _variables(x: Node) -> dict[str, Node]:
     """What a function was made with, such as the length of a schedule: the variables
     of the functions around it and its defaults, or the attributes of a callable."""
-    if isinstance(x, ft.partial):
-        return {"func": x.func, "args": x.args, "keywords": x.keywords}
     if inspect.ismethod(x):
         return {"__self__": x.__self__}
     if inspect.isfunction(x):

@@ -57,7 +57,7 @@ def _safetensors() -> Any:
 # The format: the size of the header in eight bytes, the header in JSON, the tensors
 #
 
-Raw: TypeAlias = np.ndarray[Any, Any]
+Raw: TypeAlias = np.ndarray
 
 # What the NumPy side of safetensors reads in every version, with the names there.
 DTYPES = {

@@ -1,6 +1,5 @@
 """The checks: what cannot be saved, and which file does not fit which tree."""
 
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ from jaxtyping import PyTree
 from .._checks import check_alive
 from .._inspection import is_moment_state
 from .._paths import Leaves, Node, describe, full_path_text, path_text
-from .arrays import ArrayType, is_array, is_enabled, is_storable
+from .arrays import is_array, is_enabled, is_storable
 from .contents import Contents
 from .file import CheckpointError
 
@@ -94,8 +93,8 @@ def check_fit(path: Path, found: Contents, like: Contents, moments: set[str]) ->
     _check_codecs(path, found, like)
     _check_scalars(path, found, like)
     _check_paths(path, found.words(), like.words())
-    for where, expected in like.arrays.items():
-        _check_type(path, where, found.arrays[where], expected, where in moments)
+    _check_dtypes(path, found, like, moments)
+    _check_words(path, found.words(), like.words())
 
 
 def _check_codecs(path: Path, found: Contents, like: Contents) -> None:
@@ -153,16 +152,24 @@ def _only_in(
         yield f"{first}, which {other} does not have"
 
 
-def _check_type(
-    path: Path, where: str, found: ArrayType, expected: ArrayType, is_moment: bool
+def _check_dtypes(
+    path: Path, found: Contents, like: Contents, moments: set[str]
 ) -> None:
-    if is_moment and found.shape == expected.shape and found != expected:
-        _raise_other_format(path, where, found.dtype, expected.dtype)
-    if found != expected:
-        raise CheckpointError(
-            f"{where} is {found} in {path}, but {expected} in `like`. Was the file "
-            "saved with another model or in another precision?"
-        )
+    """Whether moments of the same shapes are stored as the same dtypes."""
+    for where, expected in like.arrays.items():
+        array = found.arrays.get(where, expected)
+        is_other = array.shape == expected.shape and array != expected
+        if is_other and where in moments:
+            _raise_other_format(path, where, array.dtype, expected.dtype)
+
+
+def _check_words(path: Path, found: Mapping[str, str], like: Mapping[str, str]) -> None:
+    for where, expected in like.items():
+        if found[where] != expected:
+            raise CheckpointError(
+                f"{where} is {found[where]} in {path}, but {expected} in `like`. Was "
+                "the file saved with another model or in another precision?"
+            )
 
 
 def moments_in(tree: PyTree) -> set[str]:
@@ -176,32 +183,3 @@ def moments_in(tree: PyTree) -> set[str]:
         if name is not None
         for inner, _ in jtu.tree_leaves_with_path(getattr(state, name))
     }
-
-
-def check_hyperparams(
-    path: Path, found: dict[str, str] | None, expected: dict[str, str], strict: bool
-) -> None:
-    text = _other_hyperparams(path, found, expected)
-    if text is not None and strict:
-        raise CheckpointError(text)
-    if text is not None:
-        warnings.warn(text, stacklevel=3)
-
-
-def _other_hyperparams(
-    path: Path, found: dict[str, str] | None, expected: dict[str, str]
-) -> str | None:
-    if found is None:
-        return (
-            f"{path} was saved without an optimizer, so its hyperparameters are not "
-            "known. Leave out `optim`, or save with `save(path, tree, optim=optim)`."
-        )
-    names = [x for x in {**found, **expected} if found.get(x) != expected.get(x)]
-    if not names:
-        return None
-    values = [x.get(names[0], "not there") for x in (found, expected)]
-    return (
-        f"optim{names[0]} is {values[0]} in {path}, but {values[1]} in `optim` (the "
-        f"first of {len(names)} that differ). If that is intended, load with "
-        "`strict=False`."
-    )

@@ -2,6 +2,8 @@
 
 import functools as ft
 import os
+import warnings
+from pathlib import Path
 from typing import Any, TypeVar
 
 from jaxtyping import PyTree
@@ -18,12 +20,11 @@ from .contents import (
     step_of,
     to_metadata,
 )
-from .file import Opened, Tensor, as_path, opened, raise_damaged, write
+from .file import CheckpointError, Opened, Tensor, as_path, opened, raise_damaged, write
 from .fit import (
     check_concrete,
     check_enabled,
     check_fit,
-    check_hyperparams,
     check_names,
     check_savable,
     moments_in,
@@ -163,8 +164,11 @@ def load(
     with opened(file) as source:
         found, checksums = _described(source)
         check_fit(file, found, expected, moments_in(like))
-        if expected.fields is not None:
-            check_hyperparams(file, found.fields, expected.fields, strict)
+        text = _other_hyperparams(file, found.fields, expected.fields)
+        if text is not None and strict:
+            raise CheckpointError(text)
+        if text is not None:
+            warnings.warn(text, stacklevel=2)
         arrays = {
             name: from_raw(_tensor(source, name, x, checksums), x)
             for name, x in _arrays(leaves)
@@ -196,6 +200,28 @@ def _described(source: Opened) -> tuple[Contents, dict[str, str]]:
     if set(source.tensors.keys()) != set(found.arrays):
         raise_damaged(source.path, "the metadata does not fit the tensors")
     return found, checksums
+
+
+def _other_hyperparams(
+    path: Path, found: dict[str, str] | None, expected: dict[str, str] | None
+) -> str | None:
+    """What to say if the file was saved with other hyperparameters."""
+    if expected is None:
+        return None
+    if found is None:
+        return (
+            f"{path} was saved without an optimizer, so its hyperparameters are not "
+            "known. Leave out `optim`, or save with `save(path, tree, optim=optim)`."
+        )
+    names = [x for x in {**found, **expected} if found.get(x) != expected.get(x)]
+    if not names:
+        return None
+    values = [x.get(names[0], "not there") for x in (found, expected)]
+    return (
+        f"optim{names[0]} is {values[0]} in {path}, but {values[1]} in `optim` (the "
+        f"first of {len(names)} that differ). If that is intended, load with "
+        "`strict=False`."
+    )
 
 
 def _tensor(
