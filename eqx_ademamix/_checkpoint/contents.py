@@ -102,8 +102,10 @@ def step_of(tree: PyTree) -> int | None:
 def from_metadata(metadata: dict[str, str]) -> tuple[Contents, dict[str, str]]:
     """The contents and the checksums of the arrays."""
     names = ("arrays", "scalars", "codecs", "optimizer")
-    arrays, *rest = (json.loads(metadata[name]) for name in names)
+    arrays, scalars, codecs, fields = (json.loads(metadata[name]) for name in names)
     types = {
         path: ArrayType(x["dtype"], tuple(x["shape"])) for path, x in arrays.items()
     }
-    return Contents(types, *rest), {path: x["crc32"] for path, x in arrays.items()}
+    fields = None if fields is None else dict(fields)
+    contents = Contents(types, dict(scalars), dict(codecs), fields)
+    return contents, {path: x["crc32"] for path, x in arrays.items()}

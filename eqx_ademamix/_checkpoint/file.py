@@ -192,33 +192,30 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
+# A writer that is killed leaves its temporary file behind. A living writer holds a lock
+# on its file, so the next writer knows which files it may remove.
+
+
 @contextlib.contextmanager
 def _temporary(target: Path) -> Generator[IO[bytes], None, None]:
     """A new file beside the target. At the end it is removed, unless it was renamed."""
     _remove_abandoned(target)
-    file = _new_file(target)
-    try:
-        yield file
-    finally:
-        file.close()
-        Path(file.name).unlink(missing_ok=True)
-
-
-# A writer that is killed leaves its temporary file behind. As long as a writer lives it
-# holds a lock on its file, so the next writer knows which files it may remove.
-
-
-def _new_file(target: Path) -> IO[bytes]:
     while True:
         name = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
         file = name.open("x+b")
-        if _is_locked(file):
-            return file
-        file.close()  # another writer has taken it for abandoned
+        try:
+            if _is_locked(file):
+                yield file
+                return
+        finally:
+            with contextlib.suppress(OSError):  # a full disk is one for the rest, too
+                file.close()
+            name.unlink(missing_ok=True)
 
 
 def _is_locked(file: IO[bytes]) -> bool:
-    """Locks a new file. Where there are no locks, nothing is taken for abandoned."""
+    """Locks a new file, unless another writer has just taken it for abandoned. Where
+    there are no locks, none does."""
     if fcntl is None:
         return True
     try:
@@ -297,8 +294,10 @@ def _check_head(path: Path, head: bytes, metadata: dict[str, str]) -> None:
         )
     if head != _sealed(head):
         raise_damaged(path, "the checksum of the header is wrong")
-    version = int(metadata["format_version"])
-    if version > FORMAT_VERSION:
+    version = metadata.get("format_version", "")
+    if not version.isdecimal():
+        raise_damaged(path, "the version of the format is not a number")
+    if int(version) > FORMAT_VERSION:
         raise CheckpointError(
             f"{path} has version {version} of the format, but this package reads only "
             f"versions up to {FORMAT_VERSION}. Install a newer `eqx_ademamix`."
