@@ -34,7 +34,9 @@ def path(tmp_path: pathlib.Path) -> pathlib.Path:
     return tmp_path / "run.safetensors"
 
 
-def refuses(path: pathlib.Path, like: Any, text: str = "damaged|is a safetensors file") -> None:
+def refuses(
+    path: pathlib.Path, like: Any, text: str = "damaged|is a safetensors file"
+) -> None:
     with pytest.raises(CheckpointError, match=text) as error:
         load(path, like)
     assert str(path) in str(error.value) and is_in_faq(str(error.value))

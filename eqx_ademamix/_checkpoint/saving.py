@@ -58,6 +58,10 @@ def save(path: str | os.PathLike[str], tree: PyTree, *, optim: object = None) ->
     - `optim`: the optimizer, if [`eqx_ademamix.load`][] is to compare its
         hyperparameters. They are readable text in the file.
 
+    **Returns:**
+
+    Nothing.
+
     **Raises:**
 
     - `ValueError`: if `tree` has an array that is traced, that was donated, whose dtype
