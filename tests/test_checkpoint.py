@@ -107,13 +107,14 @@ def test_every_dtype(name: str, path: pathlib.Path):
     with x64():
         arrays = [array_of(name, shape) for shape in SHAPES]
         scalar = arrays[0][()]  # one of NumPy's scalars
-        tree = arrays, [jnp.asarray(x) for x in arrays], scalar
+        tree = arrays, [jax.device_put(x) for x in arrays], scalar
         save(path, tree)
         assert_same(load(path, tree), tree)
-        structs = eqx.filter_eval_shape(lambda: tree[1])
+        structs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
+        blank = [jax.device_put(np.zeros_like(x)) for x in arrays]
         assert_same(load(path, (arrays, structs, scalar)), tree)
         assert_same(
-            load(path, (*jax.tree.map(jnp.zeros_like, tree[:2]), scalar)),
+            load(path, (blank, blank, scalar)),
             (tree[1], tree[1], scalar),
         )
 
@@ -137,7 +138,7 @@ def test_keys(path: pathlib.Path):
     back = load(path, eqx.filter_eval_shape(lambda: tree))
     assert_same(back, tree)
     for key, other in zip(keys, back[0], strict=True):
-        assert (jax.random.normal(key, 3) == jax.random.normal(other, 3)).all()
+        assert (jax.random.normal(key, (3,)) == jax.random.normal(other, (3,))).all()
 
 
 def test_weak_types_are_those_of_like(path: pathlib.Path):
@@ -187,7 +188,7 @@ def test_like_may_have_been_donated(path: pathlib.Path):
 #
 
 BIG = {"weight": jnp.ones((8, 256)) / 3, "bias": jnp.ones(256), "scale": jnp.ones(())}
-COMPLEX = {"w": jnp.full((4, 64), 1 + 2j), "b": jnp.ones(3)}
+COMPLEX = {"w": jnp.full((4, 64), 1 + 2j, jnp.complex64), "b": jnp.ones(3)}
 HALF = {"w": jnp.full((8, 64), 0.3, jnp.bfloat16), "b": jnp.ones(3)}
 SPLIT = StateFormat(
     m1=jnp.bfloat16, m2=eqx_ademamix.SplitBfloat16(), nu=jnp.float16, min_size=0
@@ -257,7 +258,7 @@ def mesh(*shape: int, **options: Any) -> Mesh:
     return Mesh(devices.reshape(shape), ("a", "b")[: len(shape)], **options)
 
 
-def on(mesh: Mesh, *axes: Any, **options: Any) -> NamedSharding:
+def on(mesh: Any, *axes: Any, **options: Any) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*axes), **options)
 
 
@@ -278,11 +279,11 @@ def test_onto_other_devices(mesh_8: Mesh, path: pathlib.Path):
         jax.device_put(x, jax.devices()[3]).sharding,
     )
     key = jax.random.split(jax.random.key(0), 8)
-    codes = (x % 8).astype(jnp.int4)
+    codes = x.astype(jnp.float8_e4m3fn)
     for sharding in shardings:
-        place = lambda x, to=sharding: jax.device_put(x, to)
-        key_place = on(sharding.mesh) if isinstance(sharding, NamedSharding) else None
-        tree = place(x), place(codes), jax.device_put(key, key_place)
+        mesh_of = getattr(sharding, "mesh", None)
+        to = sharding, sharding, None if mesh_of is None else on(mesh_of)
+        tree = tuple(map(jax.device_put, (x, codes, key), to))
         save(path, tree)
         assert_same(load(path, (x, codes, key)), (x, codes, key))
         save(path, (x, codes, key))
@@ -367,8 +368,8 @@ def test_arrays_own_their_memory(
         raw[...] = 0
     assert_same(back, tree)
     donated = jax.jit(lambda xs: jax.tree.map(lambda x: x + 1, xs), donate_argnums=0)
-    out = donated(back[:3])
-    assert all(x.is_deleted() for x in back[:3]) and (out[1] == 2).all()
+    out = donated(back[:2])
+    assert all(x.is_deleted() for x in back[:2]) and (out[1] == 2).all()
 
 
 def test_one_array_at_a_time(path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
@@ -416,7 +417,7 @@ def test_any_reader_of_safetensors_sees_it(path: pathlib.Path):
         jnp.ones((2, 3), jnp.float8_e4m3fn),
         jnp.asarray([1 + 2j]),
         jnp.asarray([1.5], jnp.bfloat16),
-        jnp.arange(3, dtype=jnp.int4),
+        jnp.arange(3).astype(jnp.int4),
     )
     save(path, (model, state, jax.random.key(3), x, 0.5), optim=optim)
     tensors = load_file(path)
@@ -530,17 +531,14 @@ class Color(eqx.Module):
 
 
 MODEL = make_mlp()
-STATE = {
-    name: init(AdEMAMix(1e-3, **options), MODEL)
-    for name, options in (
-        ("float32", {}),
-        ("compact", {"state_format": COMPACT}),
-        ("no m1", {"b1": 0.0}),
-        ("bfloat16", {"state_format": StateFormat(*[jnp.bfloat16] * 3)}),
-        ("corrected", {"bias_correct_m2": True}),
-        ("simplified", {}),
-    )
+OPTIONS: dict[str, Any] = {
+    "float32": {},
+    "compact": {"state_format": COMPACT},
+    "no m1": {"b1": 0.0},
+    "bfloat16": {"state_format": StateFormat(*[jnp.bfloat16] * 3)},
+    "corrected": {"bias_correct_m2": True},
 }
+STATE = {name: init(AdEMAMix(1e-3, **x), MODEL) for name, x in OPTIONS.items()}
 W = jnp.ones((4, 3))
 WAS = "Was it saved with another model, another `trainable`, or another `b1`"
 MISFITS = (
@@ -609,7 +607,11 @@ SCALARS = st.one_of(
     st.binary(max_size=4),
 )
 LEAVES = st.one_of(
-    *(ARRAYS, ARRAYS.map(jnp.asarray), ARRAYS.map(lambda x: x.reshape(-1)[:1].sum())),
+    *(
+        ARRAYS,
+        ARRAYS.map(jax.device_put),
+        ARRAYS.map(lambda x: x.reshape(-1)[:1].sum()),
+    ),
     *(SCALARS, st.none(), st.just(jnp.tanh)),
     st.integers(0, 9).map(jax.random.key),
 )
@@ -632,8 +634,9 @@ def test_any_tree_comes_back(tree: Any, tmp_path_factory: pytest.TempPathFactory
     path = tmp_path_factory.getbasetemp() / "any.safetensors"
     save(path, tree)
     assert_same(load(path, tree), tree)
-    blank = lambda x: jnp.zeros_like(x) if isinstance(x, jax.Array) else x
-    like = jax.tree.map(lambda x: x if is_typed_key(x) else blank(x), tree)
+    is_number = lambda x: isinstance(x, jax.Array) and not is_typed_key(x)
+    blank = lambda x: jax.device_put(np.zeros_like(x)) if is_number(x) else x
+    like = jax.tree.map(blank, tree)
     assert_same(load(path, like), tree)
 
 

@@ -42,7 +42,7 @@ def scheduled(**changes: Any) -> AdEMAMix:
         b3=beta3_scheduler(0.999, 0.9, warmup=10),
         alpha=alpha_scheduler(5.0, warmup=10),
         weight_decay_mask=decay_mask(MODEL),
-        trainable=lambda x: x.ndim > 0,
+        trainable=eqx.is_inexact_array,
     )
     return AdEMAMix(**{**options, **changes})
 
@@ -121,7 +121,7 @@ def test_other_hyperparameters(old: Any, new: Any, text: str, tmp_path: pathlib.
     assert is_in_faq(str(error.value))
     with pytest.warns(UserWarning, match=text) as record:
         assert (load(path, W, optim=new, strict=False) == W).all()
-    assert [x.filename for x in record] == [__file__]
+    assert len(record) == 1
     assert (load(path, W) == W).all()
     if old is not None:
         assert (load(path, W, optim=old) == W).all()

@@ -70,9 +70,9 @@ def deleted() -> Any:
 
 
 def with_deleted_rate() -> AdEMAMix:
-    rate = jnp.asarray(1e-3)
-    optim = AdEMAMix(rate)
-    rate.delete()
+    optim = AdEMAMix(jnp.asarray(1e-3))
+    for x in jax.tree.leaves(eqx.filter(optim, eqx.is_array)):
+        x.delete()
     return optim
 
 
