@@ -217,7 +217,11 @@ def _other_hyperparams(
             f"{path} was saved without an optimizer, so its hyperparameters are not "
             "known. Leave out `optim`, or save with `save(path, tree, optim=optim)`."
         )
-    names = [x for x in {**found, **expected} if found.get(x) != expected.get(x)]
+    names = [
+        name
+        for name in {**found, **expected}
+        if not _is_same(found.get(name), expected.get(name))
+    ]
     if not names:
         return None
     values = [x.get(names[0], "not there") for x in (found, expected)]
@@ -226,6 +230,15 @@ def _other_hyperparams(
         f"first of {len(names)} that differ). If that is intended, load with "
         "`strict=False`."
     )
+
+
+def _is_same(text: str | None, other: str | None) -> bool:
+    """Also for 100 and 100.0: a call turns the one into the other in the length of
+    `optax.cosine_decay_schedule`."""
+    try:
+        return text == other or float(text or "") == float(other or "")
+    except ValueError:
+        return False
 
 
 def _tensor(
