@@ -5,7 +5,9 @@ import tomllib
 
 
 pyproject = pathlib.Path(__file__).parents[1] / "pyproject.toml"
-dependencies = tomllib.loads(pyproject.read_text())["project"]["dependencies"]
+project = tomllib.loads(pyproject.read_text())["project"]
+extra = project["optional-dependencies"]["checkpoint"]
+dependencies = [*project["dependencies"], *extra]
 pins = [dependency.replace(">=", "==") for dependency in dependencies]
 jaxlib = [pin.replace("jax==", "jaxlib==") for pin in pins if pin.startswith("jax==")]
 print(*pins, *jaxlib)

@@ -2,6 +2,9 @@
 
 from ._ademamix import AdEMAMix as AdEMAMix
 from ._carry import TrainCarry as TrainCarry
+from ._checkpoint.file import CheckpointError as CheckpointError
+from ._checkpoint.saving import load as load
+from ._checkpoint.saving import save as save
 from ._decay_mask import decay_mask as decay_mask
 from ._decay_mask import decay_report as decay_report
 from ._hyperparams import Hyperparams as Hyperparams

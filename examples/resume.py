@@ -9,12 +9,13 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
+import numpy as np
 import optax
 import tyro
-from _checkpoint import load, read_header, save
 from _digits import Batch, batch, mean_loss, read_digits
 from _plot import save_figure, smooth
 from jaxtyping import Array, Float
@@ -58,8 +59,17 @@ def train_step(
     return eqx.apply_updates(model, updates), state, loss
 
 
-def start(steps: int) -> tuple[eqx_ademamix.AdEMAMix, eqx.nn.MLP]:
-    """Creates the optimizer and the initial model, anew in each process."""
+class Run(NamedTuple):
+    """Everything that changes during a run. This is what a checkpoint holds."""
+
+    model: eqx.nn.MLP
+    state: eqx_ademamix.AdEMAMixState
+    step: np.int64
+    losses: Float[np.ndarray, " steps"]  # NaN for the steps to come
+
+
+def start(steps: int) -> tuple[eqx_ademamix.AdEMAMix, Run]:
+    """Creates the optimizer and the start of the run, anew in each process."""
     model = eqx.nn.MLP(64, 10, width_size=128, depth=2, key=jax.random.key(0))
     optim = eqx_ademamix.AdEMAMix(
         optax.cosine_decay_schedule(1e-3, steps),
@@ -68,24 +78,24 @@ def start(steps: int) -> tuple[eqx_ademamix.AdEMAMix, eqx.nn.MLP]:
         weight_decay=0.1,
         weight_decay_mask=eqx_ademamix.decay_mask(model),
     )
-    return optim, model
+    losses = np.full(steps, np.nan, np.float32)
+    return optim, Run(model, eqx_ademamix.init(optim, model), np.int64(0), losses)
 
 
 def train(config: Config, checkpoint: Path) -> None:
     """Trains to the last step. Starts from the checkpoint if it exists."""
-    optim, model = start(config.steps)
-    state = eqx_ademamix.init(optim, model)
-    losses: list[float] = []
+    optim, run = start(config.steps)
     if checkpoint.exists():
-        header, (model, state) = load(checkpoint, (model, state))
-        losses = header["losses"]
+        run = eqx_ademamix.load(checkpoint, run, optim=optim)
+    model, state, done, losses = run
     digits = read_digits()
-    for step in range(len(losses) + 1, config.steps + 1):
+    for step in range(int(done) + 1, config.steps + 1):
         data = batch(digits.train, 64, 0, step)  # depends only on the step
         model, state, loss = train_step((optim, data), model, state)
-        losses.append(float(loss))
+        losses[step - 1] = loss
         if step % config.save_every == 0 or step == config.steps:
-            save(checkpoint, {"step": step, "losses": losses}, (model, state))
+            run = Run(model, state, np.int64(step), losses)
+            eqx_ademamix.save(checkpoint, run, optim=optim)
         if step == config.kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -113,28 +123,28 @@ def plot(path: Path, peace: list[float], resumed: list[float], saved: int, kille
 
 
 def demonstrate(config: Config) -> None:
-    peace, killed = config.out / "peace.eqx", config.out / "killed.eqx"
+    peace, killed = (config.out / f"{i}.safetensors" for i in ("peace", "killed"))
     for path in (peace, killed):
         path.unlink(missing_ok=True)
     kill_at = config.steps // 2 + config.save_every // 2
+    optim, like = start(config.steps)
 
     train(config, peace)
     code = train_elsewhere(config, killed, "--kill-at", str(kill_at))
-    saved = read_header(killed)["step"]
+    saved = int(eqx_ademamix.load(killed, like, optim=optim).step)
     print(f"killed by {signal.Signals(-code).name} after step {kill_at}")
     print(f"resumed from the last checkpoint, at step {saved}")
     train_elsewhere(config, killed)
 
-    optim, model = start(config.steps)
-    like = model, eqx_ademamix.init(optim, model)
-    (header, tree), (header_2, tree_2) = load(peace, like), load(killed, like)
-    print(f"last loss, uninterrupted: {header['losses'][-1]!r}")
-    print(f"last loss, resumed:       {header_2['losses'][-1]!r}")
-    print(f"losses of all steps identical bit for bit: {header == header_2}")
-    same = bool(eqx.tree_equal(tree, tree_2))
+    run, run_2 = (eqx_ademamix.load(i, like, optim=optim) for i in (peace, killed))
+    print(f"last loss, uninterrupted: {float(run.losses[-1])!r}")
+    print(f"last loss, resumed:       {float(run_2.losses[-1])!r}")
+    same = np.array_equal(run.losses, run_2.losses)
+    print(f"losses of all steps identical bit for bit: {same}")
+    same = bool(eqx.tree_equal(run, run_2))
     print(f"model and state identical bit for bit: {same}")
     image = config.out / "resume.png"
-    plot(image, header["losses"], header_2["losses"], saved, kill_at)
+    plot(image, run.losses.tolist(), run_2.losses.tolist(), saved, kill_at)
     print(f"Plot saved to {image}")
 
 

@@ -59,7 +59,7 @@ def switch_to_ademamix(run: Run) -> Run:
     """Continues an AdamW run with AdEMAMix. The AdamW run can continue too."""
     config = dataclasses.replace(run.config, optimizer="ademamix")
     switched = Run(config, run.text)
-    switched.checkpoint = config.out / "switched.eqx"
+    switched.name = "switched"
     switched.train_losses = list(run.train_losses)
     switched.validation_losses = list(run.validation_losses)
     switched.model = copy_arrays(run.model)

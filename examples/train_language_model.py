@@ -5,7 +5,9 @@ To list the options, run `python examples/train_language_model.py --help`.
 
 import dataclasses
 import sys
-from typing import Any, TypeAlias
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TypeAlias, TypeVar
 
 import equinox as eqx
 import jax
@@ -13,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
-from _checkpoint import CheckpointError, check_settings, load, save
 from _config import Config
 from _interrupt import Interrupt, Interrupted
 from _plot import Curve, plot_losses
@@ -30,14 +31,17 @@ from jaxtyping import Array, Float, PyTree
 from tqdm import tqdm
 
 import eqx_ademamix
+from eqx_ademamix import CheckpointError
 
 
+Tree = TypeVar("Tree")
 Optimizer: TypeAlias = (
     eqx_ademamix.AbstractOptimizer[Any] | optax.GradientTransformation
 )
 TITLES = {"adamw": "AdamW", "ademamix": "AdEMAMix"}
 REPORT_EVERY = 50  # steps
 NUM_EVALUATIONS = 16  # a checkpoint is written after each of them
+NO_LOSS = -1.0  # not NaN, which is the loss of a run that diverged
 
 
 #
@@ -98,6 +102,42 @@ def validation_loss(model: Transformer, batches: Windows) -> Float[Array, ""]:
 
 
 #
+# Checkpoints
+#
+
+
+def by_step(
+    losses: Iterable[tuple[int, float | Array]], steps: int
+) -> Float[np.ndarray, " steps"]:
+    """An array with the losses of steps 1 to `steps`. It always has the same shape."""
+    array = np.full(steps, NO_LOSS, np.float32)
+    for step, loss in losses:
+        array[step - 1] = loss
+    return array
+
+
+def pairs_of(array: Float[np.ndarray, " steps"]) -> list[tuple[int, float]]:
+    """The inverse of `by_step`."""
+    pairs = enumerate(array.tolist(), start=1)
+    return [(step, loss) for step, loss in pairs if loss != NO_LOSS]
+
+
+def load_newest(paths: list[Path], like: Tree, optim: Optimizer) -> tuple[Path, Tree]:
+    """Loads the first file that is whole."""
+    errors: list[CheckpointError] = []
+    for path in paths:
+        try:
+            tree = eqx_ademamix.load(path, like, optim=optim)
+        except CheckpointError as error:
+            errors.append(error)
+            continue
+        if errors:
+            print(f"{errors[0]} This run resumes from {path}.", file=sys.stderr)
+        return path, tree
+    raise errors[0]
+
+
+#
 # A run
 #
 
@@ -108,9 +148,8 @@ class Run:
     def __init__(self, config: Config, text: Text):
         self.config, self.text = config, text
         self.settings = {**config.settings, "text": text.fingerprint}
-        self.checkpoint = config.out / f"{config.optimizer}.eqx"
-        if config.resume:
-            check_settings(self.checkpoint, self.settings)
+        self.name: str = config.optimizer
+        self.newest: Path | None = None  # the newest checkpoint that is whole
         key = jax.random.key(config.seed)
         self.model = Transformer(
             config.width, config.depth, config.heads, config.context, key=key
@@ -120,21 +159,42 @@ class Run:
         self.train_losses: list[float | Array] = []  # one per step
         self.validation_losses: list[tuple[int, float]] = []  # (step, loss) pairs
 
-    def save(self) -> None:
+    def tree(self) -> dict[str, Any]:
+        """What a checkpoint holds. `load` compares the settings, and loads the rest."""
         self.train_losses = [float(loss) for loss in self.train_losses]
-        header = {
+        train_losses = enumerate(self.train_losses, start=1)
+        return {
             "settings": self.settings,
-            "step": len(self.train_losses),
-            "train_losses": self.train_losses,
-            "validation_losses": self.validation_losses,
+            "model": self.model,
+            "state": self.state,
+            "train_losses": by_step(train_losses, self.config.steps),
+            "validation_losses": by_step(self.validation_losses, self.config.steps),
         }
-        save(self.checkpoint, header, (self.model, self.state))
+
+    def checkpoints(self) -> list[Path]:
+        """The files of this run and of those that it replaces, the newest first."""
+        return sorted(self.config.out.glob(f"{self.name}-*.safetensors"), reverse=True)
+
+    def save(self) -> None:
+        """Saves a checkpoint, and keeps the one before it."""
+        step = len(self.train_losses)
+        path = self.config.out / f"{self.name}-{step:08}.safetensors"
+        eqx_ademamix.save(path, self.tree(), optim=self.optim)
+        unfinished = self.config.out.glob(f".{self.name}-*.tmp")  # of killed processes
+        for old in {*self.checkpoints(), *unfinished} - {path, self.newest}:
+            old.unlink()
+        self.newest = path
 
     def resume(self) -> None:
-        like = (self.model, self.state)
-        header, (self.model, self.state) = load(self.checkpoint, like)
-        self.train_losses = header["train_losses"]
-        self.validation_losses = [(i, loss) for i, loss in header["validation_losses"]]
+        """Continues from the newest checkpoint that is whole."""
+        paths = self.checkpoints()
+        if not paths:
+            pattern = self.config.out / f"{self.name}-*.safetensors"
+            raise CheckpointError(f"There is no checkpoint {pattern} to resume from.")
+        self.newest, tree = load_newest(paths, self.tree(), self.optim)
+        self.model, self.state = tree["model"], tree["state"]
+        self.train_losses = [loss for _, loss in pairs_of(tree["train_losses"])]
+        self.validation_losses = pairs_of(tree["validation_losses"])
 
     def train(self, interrupt: Interrupt, until: int) -> None:
         """Takes the remaining steps, up to and including step `until`."""
@@ -147,11 +207,13 @@ class Run:
                 if step % REPORT_EVERY == 0 or step == until:
                     bar.update(step - bar.n)
                     bar.set_postfix(self.figures(bar.format_dict["rate"]))
+                is_last = interrupt.requested
                 if step % max(1, steps // NUM_EVALUATIONS) == 0 or step == until:
                     self.validation_losses.append((step, self.validate(held_out)))
                     self.save()
-                if interrupt.requested:
+                elif is_last:
                     self.save()
+                if is_last:
                     raise Interrupted(f"Stopped after {step} of {steps} steps.")
 
     def step(self, step: int) -> None:

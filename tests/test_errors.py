@@ -2,6 +2,8 @@
 # A static type checker also finds many of these mistakes.
 # pyright: reportArgumentType=false, reportCallIssue=false
 
+import functools
+import io
 from typing import Any
 
 import equinox as eqx
@@ -28,8 +30,10 @@ from eqx_ademamix import (
     hyperparams,
     init,
     learning_rate_report,
+    load,
     make_step,
     path_scales,
+    save,
     state_sharding,
     update,
 )
@@ -66,6 +70,33 @@ SPLIT = {
 
 def stepped(**fields: Any) -> Any:
     return update(AdEMAMix(**{"learning_rate": 1e-3, **fields}), GRADS, STATE, MODEL)
+
+
+def deleted() -> Any:
+    x = jnp.asarray(1e-3)
+    x.delete()
+    return x
+
+
+def with_deleted_rate() -> AdEMAMix:
+    optim = AdEMAMix(jnp.asarray(1e-3))
+    for x in jax.tree.leaves(eqx.filter(optim, eqx.is_array)):
+        x.delete()
+    return optim
+
+
+@functools.total_ordering
+class Key:
+    """Keys that differ but are printed alike."""
+
+    def __init__(self, number: int):
+        self.number = number
+
+    def __repr__(self) -> str:
+        return "'k'"
+
+    def __lt__(self, other: Any) -> bool:
+        return str(self) < str(other)
 
 
 class Complement(eqx.Module):
@@ -1677,6 +1708,80 @@ CASES = (
         "nothing to train in a step",
         lambda: make_step(mean, OPTIM).init({"n": 1}),
         "`params` has 1 leaves, but none of them is a floating-point",
+    ),
+    # checkpoints (those that need a file are in test_checkpoint.py)
+    (
+        "saving, swapped",
+        lambda: save(STATE, "run"),
+        r"`path` is an `AdEMAMixState`, but the path of a file was expected. The order of the arguments is `save\(path, tree\)`",
+    ),
+    (
+        "loading from an open file",
+        lambda: load(io.BytesIO(), STATE),
+        "`path` is a `BytesIO`, but the path of a file was expected",
+    ),
+    (
+        "loading without a file",
+        lambda: load("missing/run", STATE),
+        r"There is no checkpoint missing/run\.",
+    ),
+    (
+        "saving under jit",
+        lambda: jax.jit(lambda x: save("run", {"w": x}))(jnp.ones(3)),
+        r"tree\['w'\] is traced, but a file can be neither read nor written",
+    ),
+    (
+        "loading under jit",
+        lambda: jax.jit(lambda x: load("run", {"w": x}))(jnp.ones(3)),
+        r"like\['w'\] is traced, but a file can be neither read nor written",
+    ),
+    (
+        "saving with a traced hyperparameter",
+        lambda: jax.jit(lambda x: save("run", MODEL, optim=AdEMAMix(x)))(1e-3),
+        r"optim\.learning_rate is traced, but a file",
+    ),
+    (
+        "saving shapes",
+        lambda: save("run", [jax.eval_shape(lambda: jnp.ones(3))]),
+        r"tree\[0\] is a `jax.ShapeDtypeStruct`, which has no numbers to save",
+    ),
+    *(
+        (
+            f"saving {name}",
+            lambda x=x: save("run", {"x": x}),
+            rf"tree\['x'\] is an? {name} array of shape .*, but only numbers, booleans and PRNG keys",
+        )
+        for name, x in (
+            ("object", np.asarray([{}, []], object)),
+            ("str32", np.str_("a")),
+            ("datetime64.D.", np.asarray("2024-01-01", "M8[D]")),
+            ("longdouble|float128", np.ones(3, np.longdouble)),
+        )
+    ),
+    (
+        "saving a donated array",
+        lambda: save("run", {"x": deleted()}),
+        r"tree\['x'\] has been deleted: its buffer was donated",
+    ),
+    (
+        "saving two leaves with one path",
+        lambda: save("run", {Key(1): 1, Key(2): 2}),
+        r"`tree` has 2 leaves with the path \['k'\]",
+    ),
+    (
+        "loading 64 bits",
+        lambda: load("run", {"x": jax.ShapeDtypeStruct((3,), np.float64)}),
+        r"like\['x'\] is float64, but JAX has 64-bit types disabled",
+    ),
+    (
+        "saving with a class",
+        lambda: save("run", STATE, optim=AdEMAMix),
+        "`optim` is the class `AdEMAMix`, but an optimizer of this package",
+    ),
+    (
+        "loading with a donated hyperparameter",
+        lambda: load("run", STATE, optim=with_deleted_rate()),
+        r"optim\.learning_rate has been deleted",
     ),
 )
 

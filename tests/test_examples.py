@@ -1,7 +1,6 @@
 """The examples work as described, even if interrupted, resumed, or misused."""
 
 import importlib
-import json
 import re
 import shutil
 import signal
@@ -11,9 +10,9 @@ import time
 from pathlib import Path
 from types import ModuleType
 
-import equinox as eqx
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -44,12 +43,18 @@ def run(
     )
 
 
-def step_of(checkpoint: Path) -> int:
-    """The number of steps in a checkpoint, or -1 if there is no checkpoint yet."""
-    if not checkpoint.exists():
-        return -1
-    with checkpoint.open("rb") as file:
-        return json.loads(file.readline())["step"]
+def checkpoints(out: Path, name: str = "ademamix") -> list[Path]:
+    """The oldest first."""
+    return sorted(out.glob(f"{name}-*.safetensors"))
+
+
+def step_of(out: Path) -> int:
+    """The number of steps in the newest checkpoint, or -1 if there is none yet."""
+    return max([int(path.stem[-8:]) for path in checkpoints(out)], default=-1)
+
+
+def names(out: Path) -> list[str]:
+    return sorted(path.name for path in out.iterdir())
 
 
 def example(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
@@ -81,7 +86,11 @@ def finished(
 def test_run_writes_checkpoint_plot_sample_and_validation_loss(finished):
     out, process = finished
     assert process.returncode == 0, process.stderr
-    assert sorted(path.name for path in out.iterdir()) == ["ademamix.eqx", "loss.png"]
+    assert names(out) == [
+        "ademamix-00000992.safetensors",
+        "ademamix-00001000.safetensors",
+        "loss.png",
+    ]
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert "\ndef " in process.stdout
     last_line = process.stdout.splitlines()[-1]
@@ -92,11 +101,12 @@ def test_run_writes_checkpoint_plot_sample_and_validation_loss(finished):
 
 def test_run_learns_and_records_its_losses(finished):
     out, process = finished
-    with (out / "ademamix.eqx").open("rb") as file:
-        header = json.loads(file.readline())
-    assert header["step"] == len(header["train_losses"]) == 1000
-    steps, losses = zip(*header["validation_losses"], strict=True)
-    assert len(steps) >= 16 and steps[-1] == 1000
+    tensors = load_file(checkpoints(out)[-1])
+    losses = tensors["['train_losses']"]
+    assert losses.shape == (1000,) and (losses > 0).all()
+    [steps] = np.nonzero(tensors["['validation_losses']"] != -1)
+    assert steps.tolist() == [*range(61, 1000, 62), 999]
+    losses = tensors["['validation_losses']"][steps]
     assert losses[-1] < losses[0] < np.log(256) + 1
     assert process.stdout.endswith(f"validation loss: {losses[-1]:.4f}\n")
 
@@ -112,37 +122,53 @@ def test_plot_goes_where_it_is_wanted(finished, text, tmp_path):
 
 
 def test_interrupted_runs_resume_to_the_same_bits(finished, text, tmp_path):
-    checkpoint = tmp_path / "ademamix.eqx"
     args = ("--data", text, "--out", tmp_path)
-    interrupt(command(*args), signal.SIGINT, checkpoint, step=100)
-    interrupt(command(*args, "--resume"), signal.SIGTERM, checkpoint, step=400)
+    interrupt(command(*args), signal.SIGINT, tmp_path, step=100)
+    interrupt(command(*args, "--resume"), signal.SIGTERM, tmp_path, step=400)
     assert run(*args, "--resume").returncode == 0
-    assert checkpoint.read_bytes() == (finished[0] / "ademamix.eqx").read_bytes()
+    assert names(tmp_path) == names(finished[0])
+    for path, expected in zip(*map(checkpoints, (tmp_path, finished[0])), strict=True):
+        assert path.read_bytes() == expected.read_bytes()
 
 
-def interrupt(
-    command: list[str], number: signal.Signals, checkpoint: Path, step: int
-) -> None:
+def interrupt(command: list[str], number: signal.Signals, out: Path, step: int) -> None:
     """Runs a command until its checkpoint reaches a step, then sends a signal."""
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         deadline = time.monotonic() + 60
-        while step_of(checkpoint) < step and time.monotonic() < deadline:
+        while step_of(out) < step and time.monotonic() < deadline:
             time.sleep(0.005)
         process.send_signal(number)
         stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr
     assert "--resume" in stdout and "Traceback" not in stderr
-    assert step < step_of(checkpoint) < 1000
+    assert step < step_of(out) < 1000
+    assert len(checkpoints(out)) == 2
+
+
+def test_a_new_run_replaces_an_older_one(finished, text, tmp_path):
+    """Also the checkpoints of its later steps and what a killed process has left, but
+    no other files."""
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    (tmp_path / ".ademamix-00000470.safetensors.0123abcd.tmp").write_bytes(b"half")
+    others = ["adamw-00000000.safetensors", "ademamix.txt", "loss.png"]
+    for name in others:
+        (tmp_path / name).write_bytes(b"")
+    process = run("--data", text, "--out", tmp_path, "--steps", "2")
+    assert process.returncode == 0, process.stderr
+    new = [f"ademamix-0000000{step}.safetensors" for step in (1, 2)]
+    assert names(tmp_path) == sorted([*others, *new])
 
 
 def test_compare_trains_both_and_ends_with_ademamix(tmp_path):
     """Uses the default text, which is Python's standard library."""
     process = run("--compare", "--steps", "4", "--out", tmp_path)
     assert process.returncode == 0, process.stderr
-    names = ["adamw.eqx", "ademamix.eqx", "loss.png"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    kept = [
+        f"{i}-0000000{k}.safetensors" for i in ("adamw", "ademamix") for k in (3, 4)
+    ]
+    assert names(tmp_path) == [*kept, "loss.png"]
     rows = [line.split() for line in process.stdout.splitlines()]
     [adamw] = [row for row in rows if row[:1] == ["AdamW"]]
     [ademamix] = [row for row in rows if row[:1] == ["AdEMAMix"]]
@@ -171,8 +197,9 @@ def test_switch_begins_at_adamw_and_ends_with_the_losses_of_both(text, tmp_path)
     assert process.stdout.endswith(
         f"validation loss after the switch: {loss:.4f} (AdamW alone: {alone:.4f})\n"
     )
-    names = ["adamw.eqx", "switch.png", "switched.eqx"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    steps = {name: (19, 20) for name in ("adamw", "switched")}
+    kept = [f"{i}-{k:08}.safetensors" for i, pair in steps.items() for k in pair]
+    assert names(tmp_path) == sorted([*kept, "switch.png"])
     assert (tmp_path / "switch.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -232,26 +259,48 @@ def test_switch_with_bad_text(tmp_path):
 
 def test_resume_without_a_checkpoint(text, tmp_path):
     process = run("--data", text, "--out", tmp_path, "--resume")
-    check_error(process, "There is no checkpoint")
+    message = f"There is no checkpoint {tmp_path}/ademamix-*.safetensors to resume"
+    check_error(process, message)
 
 
-def test_resume_with_other_settings_and_text(finished, text, tmp_path):
-    checkpoint = finished[0] / "ademamix.eqx"
-    before = checkpoint.read_bytes()
+@pytest.mark.parametrize("name", ("width", "text"))
+def test_resume_with_other_settings_and_text(name, finished, text, tmp_path):
+    newest = checkpoints(finished[0])[-1]
+    before = newest.read_bytes()
     other = tmp_path / "other.py"
     other.write_bytes(text.read_bytes() + b"\n")
-    args = ("--data", other, "--out", finished[0], "--width", "16")
-    process = run(*args, "--resume")
-    check_error(process, "different settings: width=8 (now 16), text=")
-    assert checkpoint.read_bytes() == before
+    options = {"width": ("--width", "16"), "text": ("--data", other)}[name]
+    process = run("--data", text, "--out", finished[0], *options, "--resume")
+    found = {"width": "the int 8", "text": "the str '"}[name]
+    check_error(process, f"['settings']['{name}'] is {found}")
+    assert f"{newest}, but the {found[4:7]} " in process.stderr
+    assert newest.read_bytes() == before
+
+
+def damage(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
 
 
 def test_resume_from_a_damaged_checkpoint(finished, text, tmp_path):
-    checkpoint = tmp_path / "ademamix.eqx"
-    shutil.copy(finished[0] / "ademamix.eqx", checkpoint)
-    checkpoint.write_bytes(checkpoint.read_bytes()[:-100])
+    """The one before is whole, and leads to the same end."""
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    older, newest = checkpoints(tmp_path)
+    damage(newest)
     process = run("--data", text, "--out", tmp_path, "--resume")
-    check_error(process, "is damaged")
+    assert process.returncode == 0
+    first = process.stderr.splitlines()[0]
+    assert first.startswith(f"{newest} is damaged")
+    assert first.endswith(f"This run resumes from {older}.")
+    assert process.stdout.splitlines()[1:] == finished[1].stdout.splitlines()[1:]
+    assert newest.read_bytes() == checkpoints(finished[0])[-1].read_bytes()
+
+
+def test_resume_from_two_damaged_checkpoints(finished, text, tmp_path):
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    for path in checkpoints(tmp_path):
+        damage(path)
+    process = run("--data", text, "--out", tmp_path, "--resume")
+    check_error(process, f"{checkpoints(tmp_path)[-1]} is damaged")
 
 
 def test_impossible_options():
@@ -265,24 +314,12 @@ def test_impossible_options():
 #
 
 
-def test_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    checkpoint = example("_checkpoint", monkeypatch)
-    path = tmp_path / "run.eqx"
-    header, tree = {"settings": {"seed": 0}}, (np.arange(3.0), np.ones(2))
-    checkpoint.save(path, header, tree)
-
-    def fail_halfway(file, tree):
-        file.write(b"half a checkpoint")
-        raise OSError("the disk is full")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(eqx, "tree_serialise_leaves", fail_halfway)
-        with pytest.raises(OSError, match="the disk is full"):
-            checkpoint.save(path, {"settings": {"seed": 1}}, tree)
-
-    assert [file.name for file in tmp_path.iterdir()] == ["run.eqx"]
-    found = checkpoint.load(path, tree)
-    assert eqx.tree_equal(found, (header, tree))
+def test_losses_by_step_and_back(monkeypatch):
+    """Also the loss of a run that has diverged."""
+    script = example("train_language_model", monkeypatch)
+    pairs = [(1, 2.5), (3, float("inf")), (4, float("nan"))]
+    found = script.pairs_of(script.by_step(pairs, 5))
+    assert repr(found) == repr(pairs)
 
 
 def test_switch_needs_two_halves(monkeypatch):
