@@ -84,6 +84,7 @@ class Config:
             )
         if self.devices is not None and self.devices < 1:
             raise ValueError(f"devices is {self.devices}, but must be >= 1")
+        self.job  # noqa: B018  (checks the other options)
 
     @property
     def job(self) -> JobConfig:
@@ -120,9 +121,19 @@ def is_main_process() -> bool:
     return jax.process_index() == 0
 
 
-def make_mesh() -> Mesh:
+class MeshError(Exception):
+    """The devices cannot share out the batch."""
+
+
+def make_mesh(batch_size: int) -> Mesh:
     """One axis, with the devices of all processes."""
-    return Mesh(np.array(jax.devices()), ("data",))
+    devices = jax.devices()
+    if batch_size % len(devices):
+        raise MeshError(
+            f"batch_size is {batch_size}, but must be a multiple of {len(devices)}, "
+            "the number of devices."
+        )
+    return Mesh(np.array(devices), ("data",))
 
 
 #
@@ -214,11 +225,6 @@ class Run:
 
     def __init__(self, config: Config, text: Text, mesh: Mesh):
         self.config, self.text, self.mesh = config, text, mesh
-        if config.batch_size % mesh.size:
-            raise ValueError(
-                f"batch_size is {config.batch_size}, but must be a multiple of "
-                f"{mesh.size}, the number of devices"
-            )
         self.model, model_shardings = make_model(config.job, config.shard, mesh)
         optim = make_optimizer(config.job, self.model)
         assert isinstance(optim, eqx_ademamix.AdEMAMix)
@@ -289,11 +295,12 @@ def main() -> int:
     config = tyro.cli(Config)
     try:
         text = read_text(config.data, config.context)
-    except DataError as error:
+        start_jax(config)
+        mesh = make_mesh(config.batch_size)
+    except (DataError, MeshError) as error:
         print(error, file=sys.stderr)
         return 2
-    start_jax(config)
-    run = Run(config, text, make_mesh())
+    run = Run(config, text, mesh)
     if is_main_process():
         print(describe(run), "\n")
     curve = run.train()
