@@ -13,12 +13,13 @@ from typing import Any, Literal
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
 from _config import Config as JobConfig
 from _plot import Curve, plot_losses
-from _text import DataError, Text, Windows, read_text, training_batch
+from _text import DataError, Text, read_text, training_batch
 from _text import validation_batches as held_out_batches
 from _transformer import Transformer
 from jax.sharding import Mesh, NamedSharding
@@ -122,18 +123,34 @@ def is_main_process() -> bool:
 
 
 class MeshError(Exception):
-    """The devices cannot share out the batch."""
+    """The devices cannot train this model together."""
 
 
 def make_mesh(batch_size: int) -> Mesh:
     """One axis, with the devices of all processes."""
     devices = jax.devices()
+    several = jax.process_count() > 1 and jax.local_device_count() > 1
+    if several and jax.default_backend() == "cpu" and jax.__version_info__ < (0, 4, 33):
+        raise MeshError(
+            "Several CPU devices in each of several processes need JAX 0.4.33 or "
+            f"newer, but this is {jax.__version__}. Use one device in each process."
+        )
     if batch_size % len(devices):
         raise MeshError(
             f"batch_size is {batch_size}, but must be a multiple of {len(devices)}, "
             "the number of devices."
         )
     return Mesh(np.array(devices), ("data",))
+
+
+def connect(mesh: Mesh) -> None:
+    """Lets all devices exchange a number.
+
+    In the first exchange, a process on a CPU waits only 30 seconds for the others, so
+    this one comes before the programs that take long to compile.
+    """
+    total = jax.jit(jnp.sum)(put(np.ones(mesh.size, np.float32), 0, mesh))
+    assert int(total) == mesh.size
 
 
 #
@@ -182,12 +199,11 @@ def make_state(
     return state, jax.tree.map(lambda x: x.sharding, state)
 
 
-def put(windows: Windows, axis: int, mesh: Mesh) -> Array:
-    """Splits windows of text. Every process copies only its share to its devices."""
-    divisible = windows.shape[axis] % mesh.size == 0
-    spec = P(*[None] * axis, "data") if divisible else P()
-    sharding = NamedSharding(mesh, spec)
-    return jax.make_array_from_callback(windows.shape, sharding, windows.__getitem__)
+def put(x: np.ndarray, axis: int, mesh: Mesh) -> Array:
+    """Splits an array. Every process copies only its share to its devices."""
+    divisible = x.shape[axis] % mesh.size == 0
+    sharding = NamedSharding(mesh, P(*[None] * axis, "data") if divisible else P())
+    return jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
 
 
 def bytes_on_a_device(tree: PyTree) -> int:
@@ -210,7 +226,7 @@ def make_train_step(
     """The main job's step, with results that are sharded as the arguments are."""
 
     @eqx.filter_jit(donate="all-except-first")
-    def train_step(windows: Array, model: Transformer, state: PyTree):
+    def train_step(windows: Any, model: Transformer, state: PyTree):
         loss, grads = eqx.filter_value_and_grad(mean_loss)(model, windows)
         grads, _ = eqx_ademamix.update(clip, grads, optax.EmptyState())
         updates, state = eqx_ademamix.update(optim, grads, state, model)
@@ -218,6 +234,10 @@ def make_train_step(
         return *place((model, state), shardings), loss
 
     return train_step
+
+
+def compiled(function: Any, *args: Any) -> Callable[..., Any]:
+    return function.lower(*args).compile()
 
 
 class Run:
@@ -234,17 +254,15 @@ class Run:
         self.state, state_shardings = make_state(optim, self.model, config.shard, mesh)
         step = make_train_step(optim, (model_shardings, state_shardings))
         self.held_out = put(held_out_batches(text.validation, config.context), 1, mesh)
-        # Everything is compiled before the processes first wait for each other.
+        # Everything is compiled before the first step.
         batch = self.batch(1)
-        self.step = step.lower(batch, self.model, self.state).compile()
-        self.validate = validation_loss.lower(self.model, self.held_out).compile()
+        self.step = compiled(step, batch, self.model, self.state)
+        self.validate = compiled(validation_loss, self.model, self.held_out)
 
     def batch(self, step: int) -> Array:
         """The same windows for any number of devices."""
         c = self.config
-        windows = training_batch(
-            self.text.train, c.batch_size, c.context, c.seed, step
-        )
+        windows = training_batch(self.text.train, c.batch_size, c.context, c.seed, step)
         return put(windows, 0, self.mesh)
 
     def train(self) -> Curve:
@@ -300,6 +318,7 @@ def main() -> int:
     except (DataError, MeshError) as error:
         print(error, file=sys.stderr)
         return 2
+    connect(mesh)
     run = Run(config, text, mesh)
     if is_main_process():
         print(describe(run), "\n")

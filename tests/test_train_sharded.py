@@ -1,5 +1,6 @@
-"""`examples/train_sharded.py` gives the main job's losses, whatever the number of devices
-and processes. The processes are real, and talk over the loopback interface."""
+"""`examples/train_sharded.py` gives the main job's losses, whatever the number of
+devices and processes. The processes are real, and connect over the loopback interface.
+"""
 
 import json
 import os
@@ -32,9 +33,7 @@ OPTIONS = [
 ]
 TIMEOUT = 600  # seconds, far more than the processes take
 ATTEMPTS = 5  # another process can take a port before ours does
-TIMEOUTS: dict[str, str] = {}
-SHARDS = ("fsdp", "zero1")
-every_shard = pytest.mark.parametrize("shard", SHARDS)
+TAKEN = ("Address already in use", "Failed to add port to server")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -80,25 +79,19 @@ def make_run(script: ModuleType, data: Path, devices: int, **options: Any) -> An
 #
 
 
-def most_bytes(tree: Any, devices: int) -> int:
-    """The bytes on a device if every array is split that has a divisible axis."""
-    leaves = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array)]
-    splits = [any(n and n % devices == 0 for n in x.shape) for x in leaves]
-    return sum(
-        x.nbytes // (devices if split else 1)
-        for x, split in zip(leaves, splits, strict=True)
-    )
+def split_bytes(tree: Any, parts: int) -> int:
+    """The bytes in each part if every array is split that has a divisible axis."""
+    total = 0
+    for x in jax.tree.leaves(tree):
+        if isinstance(x, jax.Array):
+            divisible = any(n and n % parts == 0 for n in x.shape)
+            total += x.nbytes // parts if divisible else x.nbytes
+    return total
 
 
-@every_shard
-@pytest.mark.parametrize("devices", (1, 8))
+@pytest.mark.parametrize("devices, shard", ((8, "fsdp"), (8, "zero1"), (1, "zero1")))
 def test_devices_do_not_change_the_losses(script, data, main_losses, devices, shard):
     run = make_run(script, data, devices, shard=shard)
-    trees = {"parameters": run.model, "state": run.state}
-    total = sum(x.nbytes for x in jax.tree.leaves(run.model) if script.eqx.is_array(x))
-    expected = {name: most_bytes(tree, devices) for name, tree in trees.items()}
-    if shard == "zero1":
-        expected["parameters"] = total
     before = [x.sharding for x in jax.tree.leaves(run.state)]
     curve = run.train()
     assert np.max(np.abs(curve.train - main_losses)) < 1e-4
@@ -106,8 +99,9 @@ def test_devices_do_not_change_the_losses(script, data, main_losses, devices, sh
     # After the steps, everything is still where it was.
     for x, sharding in zip(jax.tree.leaves(run.state), before, strict=True):
         assert x.sharding.is_equivalent_to(sharding, x.ndim)
-    assert script.bytes_on_a_device(run.model) == expected["parameters"]
-    assert script.bytes_on_a_device(run.state) <= expected["state"]
+    parts = devices if shard == "fsdp" else 1
+    assert script.bytes_on_a_device(run.model) == split_bytes(run.model, parts)
+    assert script.bytes_on_a_device(run.state) == split_bytes(run.state, devices)
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +111,7 @@ def compact_alone(script, data) -> tuple[int, np.ndarray]:
     return script.bytes_on_a_device(run.state), np.array(run.train().train)
 
 
-@every_shard
+@pytest.mark.parametrize("shard", ("fsdp", "zero1"))
 def test_compact_state_is_split_too(script, data, compact_alone, shard):
     size, losses = compact_alone
     run = make_run(script, data, 8, shard=shard, compact=True, steps=8)
@@ -136,9 +130,7 @@ def test_a_process_reads_only_its_share(script, monkeypatch):
         mine = [indices[device] for device in jax.devices()[2:4]]
         read.extend(callback(index) for index in mine)
 
-    monkeypatch.setattr(
-        script.jax, "make_array_from_callback", from_callback, raising=True
-    )
+    monkeypatch.setattr(script.jax, "make_array_from_callback", from_callback)
     windows = np.arange(16 * 3, dtype=np.uint8).reshape(16, 3)
     script.put(windows, 0, Mesh(np.array(jax.devices()), ("data",)))
     assert np.concatenate(read).tolist() == windows[4:8].tolist()
@@ -157,6 +149,18 @@ def test_the_batch_must_be_divisible(script):
     with pytest.raises(script.MeshError, match=re.escape(message)):
         script.make_mesh(12)
     assert script.make_mesh(16).shape == {"data": 8}
+
+
+def test_old_versions_need_one_device_in_each_process(script, monkeypatch):
+    monkeypatch.setattr(script.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(script.jax, "__version__", "0.4.32")
+    monkeypatch.setattr(script.jax, "__version_info__", (0, 4, 32))
+    message = (
+        "Several CPU devices in each of several processes need JAX 0.4.33 or newer, "
+        "but this is 0.4.32. Use one device in each process."
+    )
+    with pytest.raises(script.MeshError, match=re.escape(message)):
+        script.make_mesh(16)
 
 
 @pytest.mark.parametrize(
@@ -183,16 +187,22 @@ def test_impossible_options(script, options, message):
 #
 
 
-def environment(**extra: str) -> dict[str, str]:
+def environment(flags: str = "", **extra: str) -> dict[str, str]:
     """The environment of a user: without the test suite's devices, and without proxies,
-    through which processes would look for each other."""
+    through which processes would look for each other.
+
+    On a busy machine, a device may wait for minutes for the others.
+    """
     tools = ("XLA_", "JAX_", "SLURM_")
     kept = {
         name: value
         for name, value in os.environ.items()
         if not name.startswith(tools) and not name.lower().endswith("_proxy")
     }
-    return {**kept, **extra}
+    if jax.__version_info__ >= (0, 10):  # older versions may not know these flags
+        for name in ("collective", "collective_call_terminate"):
+            flags += f" --xla_cpu_{name}_timeout_seconds={TIMEOUT}"
+    return {**kept, "XLA_FLAGS": flags, **extra}
 
 
 def run_together(
@@ -257,10 +267,11 @@ def run_on_free_port(
     out: Path, make_runs: Callable[[int], list[Any]], candidates: range
 ) -> list[SimpleNamespace]:
     """Tries another port if a process has taken the one that was free."""
+    ended: list[SimpleNamespace] = []
     for _ in range(ATTEMPTS):
         shuffled = random.sample(candidates, len(candidates))
         ended = run_together(out, *make_runs(free_port(iter(shuffled))))
-        if "already in use" not in ended[0].output:
+        if not any(text in ended[0].output for text in TAKEN):
             break
     return ended
 
@@ -296,7 +307,7 @@ def test_eight_devices_on_one_machine(data, tmp_path, main_losses):
     )
     options = ["--data", str(data), *OPTIONS, "--devices", "8"]
     out = tmp_path / "out"
-    ended = run_together(out, (options, environment(XLA_FLAGS=flags)))
+    ended = run_together(out, (options, environment(flags)))
     check(out, ended, main_losses, devices=8, processes=1)
     assert list(dump.iterdir())
     printed = ended[0].output
@@ -308,17 +319,20 @@ def test_eight_devices_on_one_machine(data, tmp_path, main_losses):
     assert [int(size.replace(",", "")) for _, size, _ in rows] == list(found.values())
 
 
-def test_two_processes_with_two_devices_each(data, tmp_path, main_losses):
+def test_two_processes(data, tmp_path, main_losses):
+    """With two devices each, where JAX can do that."""
+    devices = 2 if jax.__version_info__ >= (0, 4, 33) else 1
+
     def runs(port: int) -> list[Any]:
-        options = ["--data", str(data), *OPTIONS, "--shard", "fsdp", "--devices", "2"]
+        options = ["--data", str(data), *OPTIONS, "--devices", str(devices)]
         address = ["--coordinator", f"127.0.0.1:{port}", "--processes", "2"]
         return [
-            ([*options, *address, "--process-id", str(i)], environment(**TIMEOUTS))
+            ([*options, *address, "--process-id", str(i)], environment())
             for i in range(2)
         ]
 
     ended = run_on_free_port(tmp_path, runs, range(20_000, 30_000))
-    check(tmp_path, ended, main_losses, devices=4, processes=2)
+    check(tmp_path, ended, main_losses, devices=2 * devices, processes=2)
 
 
 def test_two_processes_that_slurm_starts(data, tmp_path, main_losses):
@@ -334,7 +348,7 @@ def test_two_processes_that_slurm_starts(data, tmp_path, main_losses):
             "SLURM_NTASKS": "2",
         }
         tasks = [{"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} for i in range(2)]
-        return [(options, environment(**job, **task, **TIMEOUTS)) for task in tasks]
+        return [(options, environment(**job, **task)) for task in tasks]
 
     ended = run_on_free_port(tmp_path, runs, range(first, 2**16))
     check(tmp_path, ended, main_losses, devices=2, processes=2)
