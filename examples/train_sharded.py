@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -143,14 +144,17 @@ def make_mesh(batch_size: int) -> Mesh:
     return Mesh(np.array(devices), ("data",))
 
 
-def connect(mesh: Mesh) -> None:
-    """Lets all devices exchange a number.
+def check_agreement(config: Config, text: Text, mesh: Mesh) -> None:
+    """Every process must have the same options and the same text.
 
     In the first exchange, a process on a CPU waits only 30 seconds for the others, so
     this one comes before the programs that take long to compile.
     """
-    total = jax.jit(jnp.sum)(put(np.ones(mesh.size, np.float32), 0, mesh))
-    assert int(total) == mesh.size
+    options = {**config.job.settings, "shard": config.shard, "compact": config.compact}
+    number = zlib.crc32(f"{options} {text.fingerprint}".encode()) >> 1
+    numbers = put(np.full(mesh.size, number, np.int32), 0, mesh)
+    if jax.jit(jnp.ptp)(numbers):
+        raise MeshError("The processes have different options or different texts.")
 
 
 #
@@ -284,11 +288,10 @@ class Run:
 
 def describe(run: Run) -> str:
     """How many bytes each device holds."""
-    devices = f"{run.mesh.size} devices in {jax.process_count()} processes"
-    rows = [f"bytes on each of {devices}"]
+    rows = [f"devices: {run.mesh.size}, processes: {jax.process_count()}"]
     for name, tree in (("parameters", run.model), ("state", run.state)):
         here, total = bytes_on_a_device(tree), eqx_ademamix.state_bytes(tree)
-        rows.append(f"{name:<10}  {here:>13,} of {total:>13,} ({here / total:.1%})")
+        rows.append(f"{name:<10}  {here:,} of {total:,} bytes on each device")
     return "\n".join(rows)
 
 
@@ -315,13 +318,13 @@ def main() -> int:
         text = read_text(config.data, config.context)
         start_jax(config)
         mesh = make_mesh(config.batch_size)
+        check_agreement(config, text, mesh)
     except (DataError, MeshError) as error:
         print(error, file=sys.stderr)
         return 2
-    connect(mesh)
     run = Run(config, text, mesh)
     if is_main_process():
-        print(describe(run), "\n")
+        print(f"{describe(run)}\n")
     curve = run.train()
     if is_main_process():
         save(config, run, curve)
