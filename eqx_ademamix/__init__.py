@@ -45,6 +45,8 @@ from ._schedules import beta3_scheduler as beta3_scheduler
 from ._simplified import SimplifiedAdEMAMix as SimplifiedAdEMAMix
 from ._state import AdEMAMixState as AdEMAMixState
 from ._state import SimplifiedAdEMAMixState as SimplifiedAdEMAMixState
+from ._state_sharding import sharding_report as sharding_report
+from ._state_sharding import state_sharding as state_sharding
 from ._storage.codec import AbstractCodec as AbstractCodec
 from ._storage.codec import Dense as Dense
 from ._storage.codec import Encoded as Encoded

@@ -9,6 +9,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+from jax.core import Tracer
+from jax.sharding import NamedSharding, Sharding
 from jaxtyping import PyTree
 
 from ._checks import (
@@ -30,15 +32,25 @@ from ._paths import (
     leaves_with_path,
     on_device,
     shortened,
+    table,
 )
+from ._sharding import spec_of, spec_text
 from ._state import AbstractMomentState, S
 from ._step import AbstractMomentOptimizer
-from ._storage.codec import Encoded, Stored, Struct, decode, is_encoded
+from ._storage.codec import (
+    Encoded,
+    Stored,
+    Struct,
+    decode,
+    holds_blocks,
+    is_encoded,
+)
 from ._storage.format import Moments
 from ._typing import no_type_check
 
 
 State = TypeVar("State")
+BLOCKS_SPAN_DEVICES = "blocks span devices, which exchange scales"
 
 
 @overload
@@ -183,7 +195,10 @@ def state_report(state: PyTree[Any]) -> str:
     **Returns:**
 
     Text for a person to read. For each trained array, a line has its path, its shape,
-    how each moment is stored, and the bytes per parameter of all moments.
+    how each moment is stored, and the bytes per parameter of all moments. If the state
+    is on several devices, the text also has the bytes on each device, the sharding of
+    each moment, and whether blocks of a codec span devices, which then exchange scales
+    in each step.
 
     **Raises:**
 
@@ -211,14 +226,21 @@ def state_report(state: PyTree[Any]) -> str:
     """
     total, state = state_bytes(state), only(state, is_moment_state, "of AdEMAMix")
     shown = [i for i, name in enumerate(state.names) if name is not None]
-    head = ("path", "shape", *(str(state.names[i]) for i in shown), "bytes")
     places = _places(state.moments)
-    rows = [head, *(_row(path, moments, shown) for path, moments in places)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    lines = [_line(row, widths) for row in rows]
+    rows = [_row(path, moments, shown) for path, moments in places]
+    head = ("path", "shape", *(str(state.names[i]) for i in shown), "bytes")
+    columns = [*zip(head, *rows, strict=True)]
+    columns[-1] = _to_the_right(columns[-1])
     size = sum(math.prod(moments.m2.shape) for _, moments in places)
-    average = f", {total / size:.2f} per parameter" if size else ""
-    return "\n".join([f"The state takes {total:,} bytes{average}.", "", *lines])
+    summary = f"The state takes {total:,} bytes"
+    summary += f", {total / size:.2f} per parameter" if size else ""
+    devices = _devices(state)
+    if devices > 1:
+        summary += f", {_bytes_per_device(state):,} on each of {devices} devices"
+        columns.append(("sharding", *(_shardings(moments) for _, moments in places)))
+        columns.append(("note", *(_note(moments) for _, moments in places)))
+    lines = table([*zip(*columns, strict=True)])
+    return "\n".join([f"{summary}.", "", *(line.rstrip() for line in lines)])
 
 
 def _places(moments: Moments[PyTree]) -> list[tuple[Path, Moments[Stored]]]:
@@ -246,9 +268,52 @@ def _kind(moment: Stored | Struct | None) -> str:
     return "none" if moment is None else str(moment.dtype)
 
 
-def _line(row: tuple[str, ...], widths: list[int]) -> str:
-    cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
-    return "  " + "  ".join([*cells[:-1], row[-1].rjust(widths[-1])])
+def _to_the_right(column: tuple[str, ...]) -> tuple[str, ...]:
+    width = max(map(len, column))
+    return tuple(cell.rjust(width) for cell in column)
+
+
+def _devices(state: PyTree) -> int:
+    """The number of devices that a state is on, 1 if that is not known."""
+    found = [_sharding(x) for x in jtu.tree_leaves(state)]
+    return max((len(s.device_set) for s in found if s is not None), default=1)
+
+
+def _sharding(x: Stored | Struct | None) -> Sharding | None:
+    """The sharding of an array, or of a moment's codes."""
+    array = x.real[0] if isinstance(x, Encoded) and x.real else x
+    return None if isinstance(x, Tracer) else getattr(array, "sharding", None)
+
+
+def _bytes_per_device(state: PyTree) -> int:
+    shards = [
+        (x.shape if s is None else s.shard_shape(x.shape), x.dtype.itemsize)
+        for x in jtu.tree_leaves(state)
+        for s in (_sharding(x),)
+    ]
+    return sum(math.prod(shape) * size for shape, size in shards)
+
+
+def _shardings(moments: Moments[Stored]) -> str:
+    """The sharding of the moments of one leaf: one text if they agree."""
+    found = [_sharding(x) for x in moments if x is not None]
+    ndim = len(moments.m2.shape)
+    texts = [
+        spec_text(spec_of(s, ndim)) if isinstance(s, NamedSharding) else "one device"
+        for s in found
+    ]
+    return ", ".join(dict.fromkeys(texts))
+
+
+def _note(moments: Moments[Stored]) -> str:
+    return "" if all(map(_has_whole_blocks, moments)) else BLOCKS_SPAN_DEVICES
+
+
+def _has_whole_blocks(x: Stored | None) -> bool:
+    sharding = _sharding(x)
+    if not isinstance(x, Encoded) or sharding is None:
+        return True
+    return holds_blocks(x.codec, x.shape, sharding.shard_shape(x.shape))
 
 
 #

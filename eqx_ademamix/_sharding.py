@@ -1,6 +1,7 @@
-"""Zeros that lie on the devices of other arrays."""
+"""How arrays are split over devices, and arrays beside others."""
 
 from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,32 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from ._numerics import DTypeLike
+
+
+# For each axis of an array, the mesh axes that it is split over.
+Spec: TypeAlias = tuple[tuple[str, ...], ...]
+
+
+def spec_of(sharding: NamedSharding, ndim: int) -> Spec:
+    axes = tuple(_names(axis) for axis in sharding.spec)
+    return axes + ((),) * (ndim - len(axes))
+
+
+def partition_spec(spec: Spec) -> PartitionSpec:
+    while spec and not spec[-1]:
+        spec = spec[:-1]
+    return PartitionSpec(*(x[0] if len(x) == 1 else x or None for x in spec))
+
+
+def spec_text(spec: Spec) -> str:
+    """A spec as reports print it."""
+    return f"P({', '.join(map(repr, partition_spec(spec)))})"
+
+
+def _names(axis: object) -> tuple[str, ...]:
+    if isinstance(axis, str):
+        return (axis,)
+    return axis if isinstance(axis, tuple) else ()
 
 
 def zeros_beside(like: Array, dtype: DTypeLike) -> Array:
@@ -39,7 +66,23 @@ def scalars_beside(
     return lambda dtype: jax.device_put(jnp.zeros((), dtype), everywhere)
 
 
-def is_explicit(sharding: object) -> bool:
+def in_sharding_of(x: Array, like: Array) -> Array:
+    """`x` with the sharding of `like`, where JAX knows both: outside of `jit`, and with
+    explicit mesh axes."""
+    if not isinstance(x, Tracer):
+        known = not isinstance(like, Tracer) and isinstance(
+            like.sharding, NamedSharding
+        )
+        moves = known and not x.sharding.is_equivalent_to(like.sharding, x.ndim)
+        return jax.device_put(x, like.sharding) if moves else x
+    typeof = getattr(jax, "typeof", None)
+    sharding = getattr(typeof(like), "sharding", None) if typeof else None
+    if typeof is None or not is_explicit(sharding) or typeof(x).sharding == sharding:
+        return x
+    return jax.sharding.reshard(x, sharding)
+
+
+def is_explicit(sharding: Any) -> bool:
     """Whether a sharding has explicit mesh axes. JAX before 0.5 has no such axes."""
     kinds = getattr(getattr(sharding, "mesh", None), "axis_types", None)
     return any(getattr(kind, "name", "") == "Explicit" for kind in kinds or ())

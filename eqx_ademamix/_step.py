@@ -53,7 +53,7 @@ from ._numerics import (
 )
 from ._optimizer import AbstractOptimizer, hash_of
 from ._paths import Leaves, flatten, on_device
-from ._sharding import scalars_beside
+from ._sharding import in_sharding_of, scalars_beside
 from ._state import AbstractMomentState, S
 from ._storage.codec import (
     AbstractBounded,
@@ -249,7 +249,8 @@ def _apply(
         if isinstance(scale, float):
             scale = wide(scale)  # traced: a new number compiles nothing
         args = g, m2, nu, m1, p, scale, scalars(real), key
-        stepped.append(_leaf_step(rule, state.names, decay, *args))
+        update, moments = _leaf_step(rule, state.names, decay, *args)
+        stepped.append((in_sharding_of(update, g if p is None else p), moments))
     return stepped
 
 

@@ -191,16 +191,16 @@ def make_model(config: JobConfig, shard: str, mesh: Mesh) -> tuple[Transformer, 
 
 
 def make_state(
-    optim: eqx_ademamix.AdEMAMix, model: Transformer, shard: str, mesh: Mesh
+    optim: eqx_ademamix.AdEMAMix, model: Transformer, mesh: Mesh
 ) -> tuple[PyTree, PyTree]:
-    """Makes every moment on the devices that keep it. Returns the shardings, too."""
-    init = lambda model: eqx_ademamix.init(optim, model)
-    if shard == "zero1" and mesh.size > 1:
-        shardings = eqx_ademamix.state_sharding(optim, model, mesh, axis="data")
-        state = eqx.filter_jit(lambda model: place(init(model), shardings))(model)
-    else:
-        state = eqx.filter_jit(init)(model)
-    return state, jax.tree.map(lambda x: x.sharding, state)
+    """Makes every moment on the devices that keep it. Returns the shardings, too.
+
+    A parameter that is split has a state like itself. The state of one that is on all
+    devices is split.
+    """
+    shardings = eqx_ademamix.state_sharding(optim, model, mesh, axis="data")
+    make = lambda model: place(eqx_ademamix.init(optim, model), shardings)
+    return eqx.filter_jit(make)(model), shardings
 
 
 def put(x: np.ndarray, axis: int, mesh: Mesh) -> Array:
@@ -255,7 +255,7 @@ class Run:
         if config.compact:
             compact = eqx_ademamix.StateFormat.compact()
             optim = dataclasses.replace(optim, state_format=compact)
-        self.state, state_shardings = make_state(optim, self.model, config.shard, mesh)
+        self.state, state_shardings = make_state(optim, self.model, mesh)
         step = make_train_step(optim, (model_shardings, state_shardings))
         self.held_out = put(held_out_batches(text.validation, config.context), 1, mesh)
         # Everything is compiled before the first step.

@@ -11,6 +11,7 @@ import jax.tree_util as jtu
 import numpy as np
 import optax
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import eqx_ademamix
 from eqx_ademamix import (
@@ -28,6 +29,7 @@ from eqx_ademamix import (
     learning_rate_report,
     make_step,
     path_scales,
+    state_sharding,
     update,
 )
 
@@ -53,6 +55,12 @@ SIMPLIFIED = SimplifiedAdEMAMix(1e-3)
 
 COMPACT = AdEMAMix(1e-3, state_format=helpers.COMPACT)
 COMPACT_STATE = init(COMPACT, MODEL)
+
+MESH = Mesh(np.array(jax.devices()).reshape(1, 8), ("data", "model"))
+OTHER_MESH = Mesh(np.array(jax.devices()).reshape(4, 2), ("a", "b"))
+SPLIT = {
+    "w": jax.device_put(jnp.ones(8), NamedSharding(OTHER_MESH, PartitionSpec("a")))
+}
 
 
 def stepped(**fields: Any) -> Any:
@@ -1209,6 +1217,26 @@ CASES = (
         "report of a model",
         lambda: eqx_ademamix.state_report(MODEL),
         "`state` has no states of AdEMAMix, but one was expected. Found in it: MLP",
+    ),
+    # Many devices
+    (
+        "an axis that the mesh does not have",
+        lambda: state_sharding(OPTIM, MODEL, MESH, axis="rows"),
+        r"^`axis` is 'rows', but `mesh` has the axes 'data', 'model'\.$",
+    ),
+    (
+        "an axis of one device",
+        lambda: state_sharding(OPTIM, MODEL, MESH, axis="data"),
+        r"^`axis` is 'data', of size 1, but none of the 6 trained arrays has an axis "
+        r"that can be split 1 ways\. The state would be replicated: choose another "
+        r"axis of the mesh\.$",
+    ),
+    (
+        "parameters on another mesh",
+        lambda: state_sharding(OPTIM, SPLIT, MESH, axis="model"),
+        r"^params\['w'\] is sharded with NamedSharding\(.*, but `mesh` has the axes "
+        r"\{'data': 1, 'model': 8\}\. Put the parameters on this mesh, or describe "
+        r"them with `jax\.ShapeDtypeStruct`\.$",
     ),
     # Compensated
     (

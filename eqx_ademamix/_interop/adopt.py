@@ -106,13 +106,14 @@ def _flaw_flags(numpy: ModuleType, dtype: DType, is_square: bool, x: Any) -> lis
     """Whether a moment has each of the flaws, in the dtype of the arithmetic, where a
     large number may be infinite. (The least and the greatest entry would not do: the
     minimum and maximum of XLA may lose a NaN.)"""
+    is_complex = jnp.iscomplexobj(x)
     with np.errstate(over="ignore"):
-        x = x.astype(complex_dtype(dtype) if jnp.iscomplexobj(x) else dtype)
+        x = x.astype(complex_dtype(dtype) if is_complex else dtype)
     return [
         numpy.any(numpy.isnan(x)),
         numpy.any(numpy.isinf(x)),
         is_square and numpy.any(x.real < 0),
-        is_square and numpy.any(x.imag != 0),
+        is_square and is_complex and numpy.any(x.imag != 0),
     ]
 
 

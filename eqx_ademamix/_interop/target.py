@@ -14,6 +14,7 @@ from .._checks import check_alive
 from .._inspection import is_moment_state, kinds_in, of, states_in
 from .._optimizer import OptaxOptimizer, init
 from .._paths import Node, children, describe, is_leaf, shortened
+from .._sharding import in_sharding_of
 from .._state import AbstractMomentState
 from .._wrappers.compensated import CompensatedState
 from .adopt import copied, copies
@@ -45,7 +46,17 @@ def continued(
     }
     tree = _with_remainders(_with_counters(blank, values), opt_state)
     put = lambda x: ours if is_moment_state(x) else x
-    return jax.tree.map(put, tree, is_leaf=is_moment_state)
+    tree = jax.tree.map(put, tree, is_leaf=is_moment_state)
+    return jax.tree.map(_beside, tree, blank)
+
+
+def _beside(x: Node, like: Node) -> Node:
+    """An array of the old state with the sharding that `init` gives it, unless it is
+    split over devices already."""
+    if not isinstance(x, jax.Array) or not isinstance(like, jax.Array):
+        return x
+    is_split = not isinstance(x, Tracer) and not x.sharding.is_fully_replicated
+    return x if is_split else in_sharding_of(x, like)
 
 
 #

@@ -1,15 +1,17 @@
 """Blocks of entries that share a scale. They lie along the rows of an array."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Inexact, Int32
 
-from .._sharding import is_explicit
+from .._sharding import is_explicit, spec_of
 
 
 # Entries that a row has at the least. A scale of four bytes for 64 codes of one byte
@@ -27,6 +29,16 @@ def rows(shape: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
     while axis > 0 and math.prod(shape[axis:]) < _SHORTEST_ROW:
         axis -= 1
     return shape[: max(axis, 0)], math.prod(shape[max(axis, 0) :])
+
+
+def are_whole(shape: tuple[int, ...], shard: tuple[int, ...], block_size: int) -> bool:
+    """Whether shards of this shape hold whole blocks."""
+    lead, length = rows(shape)
+    block, first = min(block_size, length) or 1, len(lead)
+    if shard[first:] == shape[first:]:
+        return True
+    is_run = shard[first + 1 :] == shape[first + 1 :]
+    return is_run and math.prod(shard[first:]) % block == 0
 
 
 def partial_maxima(x: Inexact[Array, "..."], block_size: int) -> Float[Array, "..."]:
@@ -106,17 +118,14 @@ def _as_rows(x: Array, lead: tuple[int, ...], unit: int) -> Array:
     """The rows of an array with these first axes. If its sharding is part of its type
     and splits a unit of a row, every row is whole on some device, since such an array
     could not be reshaped otherwise."""
-    length = math.prod(x.shape[len(lead) :])
+    first, length = len(lead), math.prod(x.shape[len(lead) :])
     typeof = getattr(jax, "typeof", None)
-    sharding = getattr(typeof(x), "sharding", None) if typeof else None
-    if is_explicit(sharding) and sharding is not None:
-        names = [name for x in sharding.spec[len(lead) :] for name in _names(x)]
-        count = math.prod(sharding.mesh.shape[name] for name in names)
-        is_whole = x.ndim == len(lead) + 1 and length % (unit * count) == 0
-        if names and not is_whole:
-            x = jax.sharding.reshard(x, P(*sharding.spec[: len(lead)]))
+    sharding: Any = getattr(typeof(x), "sharding", None) if typeof else None
+    if is_explicit(sharding):
+        spec, mesh = spec_of(sharding, x.ndim), sharding.mesh
+        count = math.prod(mesh.shape[name] for axis in spec[first:] for name in axis)
+        is_run = not any(spec[first + 1 :]) and length % (unit * count) == 0
+        if count > 1 and not is_run:
+            whole = P(*sharding.spec[:first])
+            x = jax.sharding.reshard(x, NamedSharding(mesh, whole))
     return x.reshape(*lead, length)
-
-
-def _names(names: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    return () if names is None else names if isinstance(names, tuple) else (names,)

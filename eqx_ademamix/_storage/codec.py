@@ -244,6 +244,10 @@ class AbstractBounded(AbstractCodec):
         size one."""
 
     @abc.abstractmethod
+    def holds_blocks(self, shape: tuple[int, ...], shard: tuple[int, ...]) -> bool:
+        """Whether shards of this shape hold whole blocks."""
+
+    @abc.abstractmethod
     def encode_bounded(
         self, value: Array, bounds: Bounds, old: tuple[Array, ...], seed: Array
     ) -> tuple[Array, ...]:
@@ -447,6 +451,21 @@ def part_structs(codec: AbstractCodec, shape: tuple[int, ...]) -> tuple[Struct, 
             "that shape."
         )
     return parts
+
+
+def holds_blocks(
+    codec: AbstractCodec, shape: tuple[int, ...], shard: tuple[int, ...]
+) -> bool:
+    """Whether shards of this shape hold everything that their entries are encoded and
+    decoded with. Of a codec that does not say so, this is known if all of its arrays
+    have the axes that are split."""
+    if isinstance(codec, AbstractBounded):
+        return codec.holds_blocks(shape, shard)
+    split = [
+        i for i, (n, part) in enumerate(zip(shape, shard, strict=True)) if n > part
+    ]
+    parts = part_structs(codec, shape)
+    return all(x.shape[i : i + 1] == shape[i : i + 1] for x in parts for i in split)
 
 
 def _as_float32(x: Array) -> Array:

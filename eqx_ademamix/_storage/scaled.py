@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int32
 from .._numerics import evenly_spread, mixed, odd_numbers
 from .._paths import describe
 from .._typing import no_type_check
-from .blocks import partial_maxima, rows, spread
+from .blocks import are_whole, partial_maxima, rows, spread
 from .codec import AbstractBounded, Bounds
 
 
@@ -56,6 +56,9 @@ class AbstractScaled(AbstractBounded):
 
     def bound(self, parts: tuple[Array, ...]) -> Float[Array, "..."]:
         return self._grid.bound(parts[1])[..., None]
+
+    def holds_blocks(self, shape: tuple[int, ...], shard: tuple[int, ...]) -> bool:
+        return are_whole(shape, shard, self.block_size)
 
     def encode_bounded(
         self, value: Array, bounds: Bounds, old: tuple[Array, ...], seed: Array

@@ -44,7 +44,7 @@ from .._paths import (
     on_device,
     path_text,
 )
-from .._sharding import scalars_beside, zeros_beside
+from .._sharding import in_sharding_of, scalars_beside, zeros_beside
 from .._state import ArrayTree, next_count
 from .._storage.codec import Struct
 from .._typing import no_type_check
@@ -207,10 +207,11 @@ class Compensated(AbstractOptimizer[CompensatedState]):
         **extra_args: object,
     ) -> tuple[PyTree, CompensatedState]:
         """See [`eqx_ademamix.update`][]."""
-        state, like, p16 = self._checked(grads, state, params)
+        state, like, given = self._checked(grads, state, params)
         g = _checked_gradients(grads, like)
         r16 = [r for r in like.values if r is not None]
-        p16 = _as_expected(p16, state.fingerprint)
+        given = _as_expected(given, state.fingerprint)
+        p16 = _beside(given, r16)
         wide16 = _master(p16, r16)
         wide = eqx.combine(_in_tree(wide16, like), params)
         g = jax.tree.map(_wide, g)
@@ -226,11 +227,12 @@ class Compensated(AbstractOptimizer[CompensatedState]):
             _keys(like),
             state.count,
         )
+        updates16 = _beside(updates16, given)
         return eqx.combine(_in_tree(updates16, like), updates), CompensatedState(
             inner_state=inner_state,
             remainder=_in_tree(remainder, like),
             count=next_count(state.count),
-            fingerprint=_fingerprint_after(p16, updates16, state.fingerprint),
+            fingerprint=_fingerprint_after(given, updates16, state.fingerprint),
             dtypes=state.dtypes,
         )
 
@@ -254,7 +256,8 @@ class Compensated(AbstractOptimizer[CompensatedState]):
         """
         state, like, p16 = self._checked(None, state, params)
         r16 = [r for r in like.values if r is not None]
-        return eqx.combine(_in_tree(_master(p16, r16), like), params)
+        master = _beside(_master(_beside(p16, r16), r16), p16)
+        return eqx.combine(_in_tree(master, like), params)
 
     def __hash__(self) -> int:
         return hash_of(self)
@@ -297,6 +300,12 @@ _NO_EFFECT = (
     "`Compensated` has no effect: no array that is trained has the dtype bfloat16 or "
     "float16. Cast the model before `init`, or use the wrapped optimizer by itself."
 )
+
+
+def _beside(arrays: list[Array], like: list[Array]) -> list[Array]:
+    """Arrays with the shardings of others, where JAX knows them: remainders may be
+    split over more devices than parameters."""
+    return [in_sharding_of(x, y) for x, y in zip(arrays, like, strict=True)]
 
 
 def _as_expected(p16: list[Array], expected: Array | None) -> list[Array]:

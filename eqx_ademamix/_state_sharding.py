@@ -1,0 +1,348 @@
+"""Shardings that spread the state over devices that all hold the parameters."""
+
+import math
+from typing import Any, NamedTuple, TypeAlias
+
+import equinox as eqx
+import jax.tree_util as jtu
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, PyTree
+
+from ._checks import check_optimizer
+from ._filters import trained_arrays
+from ._inspection import BLOCKS_SPAN_DEVICES
+from ._optimizer import AbstractOptimizer, OptaxOptimizer, init
+from ._paths import Node, Path, flatten, full_path_text, path_text, table
+from ._sharding import Spec, partition_spec, spec_of, spec_text
+from ._storage.codec import Encoded, Struct, holds_blocks
+from ._typing import no_type_check
+
+
+@no_type_check
+def state_sharding(
+    optim: AbstractOptimizer[Any] | OptaxOptimizer,
+    params: PyTree,
+    mesh: Mesh,
+    *,
+    axis: str | tuple[str, ...],
+) -> PyTree[NamedSharding]:
+    """Spreads the state over an axis of a mesh, although every device along that axis
+    holds the same parameters. This is ZeRO-1, or optimizer state sharding
+    ([arXiv:1910.02054](https://arxiv.org/abs/1910.02054), section 5.1).
+
+    One axis of each parameter is split for all of its moments, codes and scales: the
+    largest one whose shards hold whole blocks of the codecs, otherwise the largest one
+    that can be split. Axes that a parameter already splits stay split. A parameter that
+    already splits an axis over `axis` gets moments like itself. One with no axis that
+    can be split gets a state that is replicated.
+
+    **Arguments:**
+
+    - `optim`: an optimizer of this package or of optax.
+    - `params`: the model, with its arrays on the mesh or not yet on several devices.
+        `jax.ShapeDtypeStruct`s, with or without a sharding, may take their place.
+    - `mesh`: the mesh.
+    - `axis`: the name of the mesh axis of data parallelism, or a tuple of names.
+
+    **Returns:**
+
+    A tree shaped like `eqx_ademamix.init(optim, params)`, with a
+    `jax.sharding.NamedSharding` for each array. Use it in `jax.jit(out_shardings=...)`,
+    in `jax.device_put`, or in the template that Orbax restores to.
+
+    **Raises:**
+
+    - `ValueError`: if the mesh has no such axis, if no parameter can be split over it,
+        or if a parameter is on another mesh.
+
+    !!! Example
+
+        ```python
+        import equinox as eqx
+        import jax
+        import numpy as np
+        from jax.sharding import Mesh
+        import eqx_ademamix
+
+        mesh = Mesh(np.array(jax.devices()), ("data",))
+        model = eqx.nn.MLP(64, 64, width_size=64, depth=1, key=jax.random.key(0))
+        optim = eqx_ademamix.AdEMAMix(1e-3)
+        shardings = eqx_ademamix.state_sharding(optim, model, mesh, axis="data")
+        state = jax.device_put(eqx_ademamix.init(optim, model), shardings)
+        ```
+    """
+    return _planned(optim, params, mesh, axis).shardings
+
+
+@no_type_check
+def sharding_report(
+    optim: AbstractOptimizer[Any] | OptaxOptimizer,
+    params: PyTree,
+    mesh: Mesh,
+    *,
+    axis: str | tuple[str, ...],
+) -> str:
+    """Says what [`eqx_ademamix.state_sharding`][] gives each parameter.
+
+    **Arguments:**
+
+    - `optim`, `params`, `mesh`, `axis`: as for [`eqx_ademamix.state_sharding`][].
+
+    **Returns:**
+
+    Text for a person to read. For each trained array, a line has its path, its shape,
+    its own sharding, that of its state, the bytes of its state on each device, and what
+    is special about it.
+
+    **Raises:**
+
+    - `ValueError`: as [`eqx_ademamix.state_sharding`][].
+
+    !!! Example
+
+        ```python
+        import jax
+        import jax.numpy as jnp
+        import numpy as np
+        from jax.sharding import Mesh
+        import eqx_ademamix
+
+        mesh = Mesh(np.array(jax.devices()), ("data",))
+        params = {"bias": jnp.zeros(8), "weight": jnp.zeros((64, 256))}
+        optim = eqx_ademamix.AdEMAMix(1e-3)
+        print(eqx_ademamix.sharding_report(optim, params, mesh, axis="data"))
+        ```
+        ```text
+        The state takes 196,712 bytes, 24,596 on each of 8 devices.
+
+          path        shape      parameter  state            bytes   note
+          ['bias']    (8,)       P()        P('data')        12
+          ['weight']  (64, 256)  P()        P(None, 'data')  24,576
+        ```
+    """
+    return _planned(optim, params, mesh, axis).report()
+
+
+Shape: TypeAlias = tuple[int, ...]
+
+
+class _Part(NamedTuple):
+    """An array of the state, and its sharding."""
+
+    struct: Struct
+    sharding: NamedSharding
+
+    @property
+    def bytes(self) -> int:
+        """On each device."""
+        shape = self.sharding.shard_shape(self.struct.shape)
+        return math.prod(shape) * self.struct.dtype.itemsize
+
+
+class _Choice(NamedTuple):
+    """How the state of one parameter is split."""
+
+    own: Spec  # how the parameter is split
+    spec: Spec
+    is_whole: bool  # whether each shard holds whole blocks
+
+
+class _Plan(NamedTuple):
+    mesh: Mesh
+    names: tuple[str, ...]
+    parameters: dict[Path, Array | Struct]
+    choices: dict[Path, _Choice]
+    parts: list[tuple[Path | None, list[_Part]]]  # of which parameter
+    shardings: PyTree[NamedSharding]
+
+    def report(self) -> str:
+        parts = [part for _, entry in self.parts for part in entry]
+        total = sum(math.prod(x.shape) * x.dtype.itemsize for x, _ in parts)
+        each = sum(part.bytes for part in parts)
+        head = ("path", "shape", "parameter", "state", "bytes", "note")
+        rows = [head, *(self._row(path) for path in self.choices)]
+        return "\n".join(
+            [
+                f"The state takes {total:,} bytes, {each:,} on each of "
+                f"{self.mesh.size} devices.",
+                "",
+                *(line.rstrip() for line in table(rows)),
+            ]
+        )
+
+    def _row(self, path: Path) -> tuple[str, ...]:
+        choice = self.choices[path]
+        own = [part for owner, entry in self.parts if owner == path for part in entry]
+        return (
+            full_path_text(path),
+            str(self.parameters[path].shape),
+            spec_text(choice.own),
+            spec_text(choice.spec),
+            f"{sum(part.bytes for part in own):,}",
+            self._note(choice),
+        )
+
+    def _note(self, choice: _Choice) -> str:
+        if not _is_over(choice.spec, self.names):
+            return f"replicated: {_size(self.mesh, self.names)} divides no axis"
+        if not choice.is_whole:
+            return BLOCKS_SPAN_DEVICES
+        return ""
+
+
+def _planned(
+    optim: AbstractOptimizer[Any] | OptaxOptimizer,
+    params: PyTree,
+    mesh: Mesh,
+    axis: object,
+) -> _Plan:
+    check_optimizer(optim)
+    names = _checked_names(axis, mesh)
+    state = eqx.filter_eval_shape(init, optim, params)
+    parameters = _parameters(params)
+    entries = flatten(state)
+    pairs = list(zip(entries.paths, entries.values, strict=True))
+    owners = [_owner(path, x, parameters) for path, x in pairs]
+    choices = {
+        path: _chosen(path, x, _codecs(path, owners, entries.values), mesh, names)
+        for path, x in parameters.items()
+        if path in owners
+    }
+    _check_effect(list(choices.values()), mesh, names)
+    parts = [
+        (owner, _parts(x, None if owner is None else choices[owner], mesh))
+        for owner, (_, x) in zip(owners, pairs, strict=True)
+    ]
+    flat = [part.sharding for _, entry in parts for part in entry]
+    shardings = jtu.tree_structure(state).unflatten(flat)
+    return _Plan(mesh, names, parameters, choices, parts, shardings)
+
+
+def _parameters(params: PyTree) -> dict[Path, Array | Struct]:
+    leaves = trained_arrays(True, flatten(params), or_structs=True)
+    pairs = zip(leaves.paths, leaves.values, strict=True)
+    return {path: x for path, x in pairs if x is not None}
+
+
+def _owner(
+    path: Path, entry: Node, parameters: dict[Path, Array | Struct]
+) -> Path | None:
+    """The path of the parameter that an entry of the state belongs to: the end of the
+    entry's own path, if the shapes agree."""
+    shape = getattr(entry, "shape", None)
+    for start in range(len(path) + 1):
+        found = parameters.get(path[start:])
+        if found is not None and found.shape == shape:
+            return path[start:]
+    return None
+
+
+def _codecs(path: Path, owners: list[Path | None], entries: list[Node]) -> list[Any]:
+    """The codecs of the moments of one parameter."""
+    own = (x for owner, x in zip(owners, entries, strict=True) if owner == path)
+    return [x.codec for x in own if isinstance(x, Encoded)]
+
+
+#
+# The choice
+#
+
+
+def _chosen(
+    path: Path,
+    param: Array | Struct,
+    codecs: list[Any],
+    mesh: Mesh,
+    names: tuple[str, ...],
+) -> _Choice:
+    own, shape = _own_spec(path, param, mesh), param.shape
+    is_whole = lambda spec: all(
+        holds_blocks(codec, shape, _shard(shape, spec, mesh)) for codec in codecs
+    )
+    if _is_over(own, names) or 0 in shape:
+        return _Choice(own, own, is_whole(own))
+    specs = [_extended(own, i, names) for i in range(len(shape))]
+    size = dict(zip(specs, _shard(shape, own, mesh), strict=True))
+    possible = [x for x in specs if size[x] % _size(mesh, names) == 0]
+    # `max` takes the first axis of those that are equal.
+    rank = lambda spec: (is_whole(spec), size[spec])
+    spec = max(possible, key=rank, default=own)
+    return _Choice(own, spec, is_whole(spec))
+
+
+def _own_spec(path: Path, param: Array | Struct, mesh: Mesh) -> Spec:
+    sharding = getattr(param, "sharding", None)
+    is_named = isinstance(sharding, NamedSharding)
+    if sharding is None or (not is_named and sharding.is_fully_replicated):
+        return ((),) * len(param.shape)
+    if not is_named or dict(sharding.mesh.shape) != dict(mesh.shape):
+        raise ValueError(
+            f"params{path_text(path)} is sharded with {sharding}, but `mesh` has the "
+            f"axes {dict(mesh.shape)}. Put the parameters on this mesh, or describe "
+            "them with `jax.ShapeDtypeStruct`."
+        )
+    return spec_of(sharding, len(param.shape))
+
+
+def _extended(spec: Spec, axis: int, names: tuple[str, ...]) -> Spec:
+    return (*spec[:axis], spec[axis] + names, *spec[axis + 1 :])
+
+
+def _is_over(spec: Spec, names: tuple[str, ...]) -> bool:
+    return any(name in names for axis in spec for name in axis)
+
+
+def _size(mesh: Mesh, names: tuple[str, ...]) -> int:
+    return math.prod(mesh.shape[name] for name in names)
+
+
+def _shard(shape: Shape, spec: Spec, mesh: Mesh) -> Shape:
+    return tuple(n // _size(mesh, axis) for n, axis in zip(shape, spec, strict=True))
+
+
+def _parts(entry: Node, choice: _Choice | None, mesh: Mesh) -> list[_Part]:
+    """The arrays of an entry of the state, with their shardings."""
+    arrays = jtu.tree_leaves(entry)
+    if choice is None:
+        everywhere = NamedSharding(mesh, partition_spec(()))
+        return [_Part(x, everywhere) for x in arrays]
+    specs = [_spec_of_part(x.shape, entry.shape, choice, mesh) for x in arrays]
+    return [
+        _Part(x, NamedSharding(mesh, partition_spec(spec)))
+        for x, spec in zip(arrays, specs, strict=True)
+    ]
+
+
+def _spec_of_part(part: Shape, shape: Shape, choice: _Choice, mesh: Mesh) -> Spec:
+    """Codes are split as the parameter, scales along the same axes. An axis of blocks
+    that span devices is not split."""
+    return tuple(
+        axis if n == whole or (choice.is_whole and n % _size(mesh, axis) == 0) else ()
+        for n, whole, axis in zip(part, shape, choice.spec, strict=False)
+    )
+
+
+#
+# Checks and words
+#
+
+
+def _checked_names(axis: object, mesh: Mesh) -> tuple[str, ...]:
+    names: tuple[Any, ...] = axis if isinstance(axis, tuple) else (axis,)
+    if not names or any(name not in mesh.axis_names for name in names):
+        raise ValueError(
+            f"`axis` is {axis!r}, but `mesh` has the axes "
+            f"{', '.join(repr(name) for name in mesh.axis_names)}."
+        )
+    return names
+
+
+def _check_effect(choices: list[_Choice], mesh: Mesh, names: tuple[str, ...]) -> None:
+    size = _size(mesh, names)
+    has_effect = size > 1 and any(_is_over(choice.spec, names) for choice in choices)
+    if not has_effect and mesh.size > 1:
+        raise ValueError(
+            f"`axis` is {'/'.join(names)!r}, of size {size}, but none of the "
+            f"{len(choices)} trained arrays has an axis that can be split {size} ways. "
+            "The state would be replicated: choose another axis of the mesh."
+        )
