@@ -162,14 +162,14 @@ def check_agreement(config: Config, text: Text, mesh: Mesh) -> None:
 #
 
 
-def split(x: Array | jax.ShapeDtypeStruct, mesh: Mesh) -> NamedSharding:
+def split(x: jax.ShapeDtypeStruct, mesh: Mesh) -> NamedSharding:
     """Splits an array along its first axis that the number of devices divides."""
     axes = [i for i, size in enumerate(x.shape) if size and size % mesh.size == 0]
     return NamedSharding(mesh, P(*[None] * axes[0], "data") if axes else P())
 
 
 def place(tree: PyTree, shardings: PyTree) -> PyTree:
-    """Tells XLA, inside a compiled function, how to shard the arrays of a tree."""
+    """Puts the arrays of a tree where the shardings say, in compiled functions."""
     arrays, rest = eqx.partition(tree, eqx.is_array)
     return eqx.combine(jax.lax.with_sharding_constraint(arrays, shardings), rest)
 
@@ -183,11 +183,13 @@ def make_model(config: JobConfig, shard: str, mesh: Mesh) -> tuple[Transformer, 
         return Transformer(*sizes, key=key)
 
     is_shape = lambda x: isinstance(x, jax.ShapeDtypeStruct)
-    arrays = eqx.filter(eqx.filter_eval_shape(make), is_shape)
-    replicated = NamedSharding(mesh, P())
-    sharding = lambda x: split(x, mesh) if shard == "fsdp" else replicated
-    shardings = jax.tree.map(sharding, arrays)
-    return eqx.filter_jit(lambda: place(make(), shardings))(), shardings
+    shapes, rest = eqx.partition(eqx.filter_eval_shape(make), is_shape)
+    everywhere = NamedSharding(mesh, P())
+    sharding = lambda x: split(x, mesh) if shard == "fsdp" else everywhere
+    shardings = jax.tree.map(sharding, shapes)
+    make_arrays = lambda: eqx.filter(make(), eqx.is_array)
+    arrays = jax.jit(make_arrays, out_shardings=shardings)()
+    return eqx.combine(arrays, rest), shardings
 
 
 def make_state(
