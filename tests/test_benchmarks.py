@@ -1,6 +1,7 @@
 """The benchmark suite: what it counts, what it writes, and that its sides agree."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -314,3 +315,15 @@ def test_a_bound_counts_the_bytes_that_must_be_moved(module: Any):
     """A step that moves 20 of 36 bytes has 20/36 of the time of the in-place scale."""
     found = module("gpu").bound_ratios([2.0, 4.0], [3.6, 3.6], 20 / 36)
     np.testing.assert_allclose(found, [1.0, 2.0])
+
+
+@pytest.mark.parametrize("layout", ("FSDP and tensor-parallel", "ZeRO-1"))
+def test_the_table_of_layouts(module: Any, layout: str):
+    """The docs show what `benchmarks/sharding.py` prints."""
+    sharding = module("sharding")
+    page = (DOCS / "many-devices.md").read_text()
+    [row] = re.findall(rf"^\| {layout} \| (.*) \|$", page, re.MULTILINE)
+    cells = dict(zip(sharding.OPTIMIZERS, row.split(" | "), strict=True))
+    for name in ("float32", "compact"):
+        optim = sharding.OPTIMIZERS[name]
+        assert cells[name] == sharding.measure(sharding.LAYOUTS[layout], optim)
