@@ -67,7 +67,8 @@ def main() -> None:
     args = parser.parse_args()
     numbers = (args.parameters, args.leaves, args.steps)
     if args.side:
-        print(json.dumps(measure(*args.side, *numbers)))
+        name, where = args.side
+        print(json.dumps(measure(name, where, *numbers)))
         return
     names = ("--parameters", "--leaves", "--steps")
     options = [str(x) for pair in zip(names, numbers, strict=True) for x in pair]
