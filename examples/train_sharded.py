@@ -315,7 +315,7 @@ def save(config: Config, run: Run, curve: Curve) -> None:
 
 
 def main() -> int:
-    config = tyro.cli(Config)
+    config = tyro.cli(Config, config=(tyro.conf.FlagCreatePairsOff,))
     try:
         text = read_text(config.data, config.context)
         start_jax(config)
