@@ -700,3 +700,14 @@ def test_any_format_comes_back(
         return
     with pytest.raises(CheckpointError, match=r"is stored as .*`change_state_format`"):
         load(path, like)
+
+
+@pytest.mark.parametrize("is_committed", (False, True))
+def test_arrays_stay_bound_to_their_device_or_free(tmp_path: pathlib.Path, is_committed: bool):
+    x = jnp.ones(3)
+    like = jax.device_put(x, jax.devices()[0]) if is_committed else x
+    save(tmp_path / "x", x)
+    loaded = load(tmp_path / "x", like)
+    # Before JAX 0.4.31, the attribute was private.
+    committed = getattr(loaded, "committed", getattr(loaded, "_committed", None))
+    assert committed is is_committed

@@ -22,9 +22,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import eqx_ademamix
-from eqx_ademamix import AdEMAMix, Compensated, SimplifiedAdEMAMix
+from eqx_ademamix import AdEMAMix, Compensated, Offloaded, SimplifiedAdEMAMix
 
-from .helpers import COMPACT, SCHEDULES, everywhere, make_zoo
+from .helpers import COMPACT, HAS_HOST_MEMORY, SCHEDULES, everywhere, make_zoo
 
 
 ROOT = Path(__file__).parents[1]
@@ -57,6 +57,8 @@ OPTIMIZERS: dict[str, Any] = {
         optax.scale(-1e-2),
     ),
 }
+if HAS_HOST_MEMORY:
+    OPTIMIZERS["offloaded"] = Offloaded(ademamix("compact"))
 optimizers = pytest.mark.parametrize("name", OPTIMIZERS)
 formats = pytest.mark.parametrize("name", FORMATS)
 

@@ -10,6 +10,7 @@ from jaxtyping import Array
 
 from .._numerics import AnyArray, DType
 from .._paths import Node, with_article
+from .._sharding import is_committed
 from .file import DTYPES, Raw
 
 
@@ -106,8 +107,9 @@ def _placed(x: Any, like: Any) -> Array:
     can leave an array in NumPy's memory, and donating that has crashed some versions.
     So it is copied."""
     sharding = like.sharding
-    if sharding is None or sharding == _default_sharding():
-        # Not committed to the device: a computation with sharded arrays may move it.
+    is_default = sharding is None or sharding == _default_sharding()
+    if is_default and not is_committed(like):
+        # A computation with sharded arrays may move it.
         return jax.device_put(x).copy()
     array = (
         jax.device_put(x, sharding)
