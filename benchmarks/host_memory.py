@@ -67,7 +67,7 @@ def main() -> None:
     args = parser.parse_args()
     numbers = (args.parameters, args.leaves, args.steps)
     if args.side:
-        print(json.dumps(measure(*args.side, *numbers)))
+        print(json.dumps(measure(args.side[0], args.side[1], *numbers)))
         return
     names = ("--parameters", "--leaves", "--steps")
     options = [str(x) for pair in zip(names, numbers, strict=True) for x in pair]
