@@ -36,6 +36,7 @@ from .helpers import (
     COMPACT,
     HAS_HOST_MEMORY,
     SCHEDULES,
+    assert_trees_close,
     buffers,
     everywhere,
     loss_of_arrays,
@@ -421,11 +422,11 @@ def test_inside_optax(name: str):
     for optim in (AdEMAMix(1e-3), Offloaded(AdEMAMix(1e-3))):
         wrapped = wrap(optim)
         state, step = wrapped.init(params), jax.jit(wrapped.update)
-        for _ in range(3):
+        for _ in range(4):
             _, state = step(params, state, params)
-        outs.append(step(params, state, params))
+        outs.append(state)
     assert_equal(*outs)
-    assert sum(in_host(outs[1][1])) == len(params) and not any(in_host(outs[0][1]))
+    assert sum(in_host(outs[1])) == len(params) and not any(in_host(outs[0]))
 
 
 @feature
@@ -546,7 +547,10 @@ def test_make_step(layout: str, options: Any):
         outs.append(out)
         if layout == "one device":
             assert step._compiled._cache_size() == 1  # pyright: ignore
-    assert_equal(*outs)
+    if "pack_below" in options:  # which may change the rounding
+        assert_trees_close(*outs, tolerance=1e-6)
+    else:
+        assert_equal(*outs)
     assert hosted(outs[1][1]) == {"m2"}
 
 
