@@ -703,7 +703,9 @@ def test_any_format_comes_back(
 
 
 @pytest.mark.parametrize("is_committed", (False, True))
-def test_arrays_stay_bound_to_their_device_or_free(tmp_path: pathlib.Path, is_committed: bool):
+def test_arrays_stay_bound_to_their_device_or_free(
+    tmp_path: pathlib.Path, is_committed: bool
+):
     x = jnp.ones(3)
     like = jax.device_put(x, jax.devices()[0]) if is_committed else x
     save(tmp_path / "x", x)

@@ -18,6 +18,7 @@ from eqx_ademamix import (
     AdEMAMix,
     Compensated,
     Dense,
+    Offloaded,
     ScaledFloat8,
     ScaledFloat16,
     SimplifiedAdEMAMix,
@@ -31,6 +32,8 @@ from eqx_ademamix import (
     save,
     update,
 )
+
+from .helpers import HAS_HOST_MEMORY
 
 
 ROOT = Path(__file__).parents[1]
@@ -50,7 +53,7 @@ FORMATS = {
 
 
 class Model(eqx.Module):
-    """Parameters of several shapes, and a buffer and a function that are not trained."""
+    """Parameters of several shapes, and a buffer and a function as they are."""
 
     linear: eqx.nn.Linear
     gain: jax.Array
@@ -93,8 +96,11 @@ def simplified(**options: Any) -> SimplifiedAdEMAMix:
 
 CASES: dict[str, tuple[Any, Any]] = {
     **{f"AdEMAMix, {i}": (scheduled(warmup=k), None) for i, k in HALF_WAY.items()},
-    **{f"AdEMAMix, {i}": (scheduled(state_format=f), None) for i, f in FORMATS.items()},
-    **{f"simplified, {i}": (simplified(state_format=f), None) for i, f in FORMATS.items()},
+    **{
+        f"{name}, {i}": (make(state_format=f), None)
+        for name, make in (("AdEMAMix", scheduled), ("simplified", simplified))
+        for i, f in FORMATS.items()
+    },
     "b1=0": (scheduled(b1=0.0), None),
     "bias-corrected": (scheduled(bias_correct_m2=True), None),
     "normalized": (simplified(normalize=True), None),
@@ -103,8 +109,16 @@ CASES: dict[str, tuple[Any, Any]] = {
     "compensated, compact": (Compensated(scheduled(state_format=COMPACT)), jnp.float16),
     "compensated, simplified": (Compensated(simplified()), jnp.bfloat16),
     "optax": (eqx_ademamix.ademamix(optax.cosine_decay_schedule(1e-2, 100)), None),
-    "chain": (optax.chain(optax.clip_by_global_norm(0.1), scheduled()), None),
+    "chain": (
+        optax.chain(
+            optax.clip_by_global_norm(0.1),
+            scheduled(),  # pyright: ignore[reportArgumentType]
+        ),
+        None,
+    ),
 }  # fmt: skip
+if HAS_HOST_MEMORY:
+    CASES["offloaded"] = Offloaded(scheduled(state_format=COMPACT)), None
 
 
 def start(name: str) -> Run:
@@ -150,7 +164,9 @@ def begin(folder: Path) -> None:
 def resume(folder: Path) -> None:
     """All cases: N steps from the file on."""
     for name, (optim, _) in CASES.items():
-        like = eqx.filter_eval_shape(start, name)
+        # Shapes do not say which arrays are in the memory of the host.
+        is_offloaded = isinstance(optim, Offloaded)
+        like = start(name) if is_offloaded else eqx.filter_eval_shape(start, name)
         run = load(file_of(folder, "half", name), like, optim=optim)
         save(file_of(folder, "resumed", name), train(name, run), optim=optim)
 

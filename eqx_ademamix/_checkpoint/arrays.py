@@ -106,7 +106,7 @@ def _placed(x: Any, like: Any) -> Array:
     """An array with the sharding of another one, which a jitted call may overwrite: JAX
     can leave an array in NumPy's memory, and donating that has crashed some versions.
     So it is copied."""
-    sharding = like.sharding
+    sharding: Any = like.sharding
     is_default = sharding is None or sharding == _default_sharding()
     if is_default and not is_committed(like):
         # A computation with sharded arrays may move it.
