@@ -106,10 +106,8 @@ def _placed(x: Any, like: Any) -> Array:
     """An array with the sharding of another one, which a jitted call may overwrite: JAX
     can leave an array in NumPy's memory, and donating that has crashed some versions.
     So it is copied."""
-    sharding: Any = like.sharding
-    is_default = sharding is None or sharding == _default_sharding()
-    if is_default and not is_committed(like):
-        # A computation with sharded arrays may move it.
+    sharding = like.sharding
+    if sharding is None or _may_move(like):
         return jax.device_put(x).copy()
     array = (
         jax.device_put(x, sharding)
@@ -119,8 +117,10 @@ def _placed(x: Any, like: Any) -> Array:
     return jax.device_put(array.copy(), sharding)  # the copy may write it differently
 
 
-def _default_sharding() -> Any:
-    return jax.device_put(np.zeros((), bool)).sharding
+def _may_move(x: Any) -> bool:
+    """Whether JAX may move an array, for example to compute with sharded ones."""
+    default = jax.device_put(np.zeros((), bool)).sharding
+    return x.sharding == default and not is_committed(x)
 
 
 def _as_weak(x: Array) -> Array:
