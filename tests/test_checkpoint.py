@@ -175,6 +175,22 @@ def test_a_tree_of_one_leaf_and_an_empty_tree(path: pathlib.Path):
         assert_same(load(path, tree), tree)
 
 
+def test_nans_may_be_loaded_while_they_are_looked_for(path: pathlib.Path):
+    tree = jnp.asarray([jnp.nan, jnp.inf]), jnp.asarray(float("nan"))
+    save(path, tree)
+    with jax.debug_nans(True), jax.debug_infs(True):
+        assert_same(load(path, tree), tree)
+
+
+def test_all_transfers_are_explicit(path: pathlib.Path):
+    state = init(AdEMAMix(1e-3, state_format=COMPACT), BIG)
+    tree = state, jax.random.key(0), jax.device_put(jnp.ones((8, 2)), on(mesh(8), "a"))
+    with jax.transfer_guard("disallow"):
+        save(path, tree)
+        back = load(path, tree)
+    assert_same(back, tree)
+
+
 def test_like_may_have_been_donated(path: pathlib.Path):
     tree = {"w": jnp.arange(3.0)}
     save(path, tree)

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import random
+import socket
 import stat
 import subprocess
 import sys
@@ -515,3 +516,74 @@ def test_a_read_only_folder(facts: Any):
     assert said.startswith("Could not write ") and "Permission denied" in said
     assert said.endswith("unchanged. Then it holds 0.")
     assert (code, value, left) == (0, 0, 0)
+
+
+#
+# Two processes
+#
+
+PROCESS = """
+import sys
+import jax
+
+jax.distributed.initialize(f"127.0.0.1:{sys.argv[1]}", 2, int(sys.argv[2]))
+import json
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import eqx_ademamix
+
+path = sys.argv[3]
+sharding = NamedSharding(Mesh(np.array(jax.devices()), ("a",)), PartitionSpec("a"))
+x = jax.make_array_from_callback((4,), sharding, lambda i: np.zeros(4, np.float32)[i])
+said = []
+try:
+    eqx_ademamix.save(path, {"x": x})
+except ValueError as error:
+    said.append(str(error))
+said.append(eqx_ademamix.load(path, {"x": np.zeros(4, np.float32)})["x"].tolist())
+if jax.__version_info__ >= (0, 4, 36):  # before that, CPUs do not compute together
+    back = eqx_ademamix.load(path, {"x": x})["x"]
+    assert back.sharding == x.sharding
+    said.append([float(shard.data[0]) for shard in back.addressable_shards])
+print(json.dumps(said))
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def in_two_processes(path: pathlib.Path) -> list[Any]:
+    """What each process says. Both have ended then, whatever happens."""
+    flags = "--xla_force_host_platform_device_count=2"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags}
+    port = str(free_port())
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS, port, str(i), str(path)],
+            env=environment,
+            stdout=subprocess.PIPE,
+        )
+        for i in range(2)
+    ]
+    try:
+        return [json.loads(x.communicate(timeout=120)[0]) for x in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def test_two_processes(path: pathlib.Path):
+    """Arrays that both have are refused. Each loads its own shards."""
+    save(path, {"x": np.arange(4, dtype=np.float32)})
+    old = path.read_bytes()
+    both = in_two_processes(path)
+    for i, (refusal, whole, *shards) in enumerate(both):
+        assert refusal.startswith("tree['x'] is spread over several processes")
+        assert "orbax" in refusal and is_in_faq(refusal)
+        assert whole == [0, 1, 2, 3]
+        assert shards in ([[2 * i, 2 * i + 1]], [])
+    assert path.read_bytes() == old

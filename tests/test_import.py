@@ -65,5 +65,14 @@ def test_optimizers_can_be_made_before_the_backend():
     ).split() == ["2"]
 
 
+def test_importing_needs_no_optional_package():
+    assert run(
+        "import sys\n"
+        "sys.modules['safetensors'] = None\n"
+        "import eqx_ademamix\n"
+        "print(eqx_ademamix.save.__name__)\n"
+    ).split() == ["save"]
+
+
 def test_the_package_is_typed():
     assert (pathlib.Path(eqx_ademamix.__file__).parent / "py.typed").exists()

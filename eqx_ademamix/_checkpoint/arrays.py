@@ -68,7 +68,8 @@ def _raw_dtype(dtype: DType) -> DType:
 
 def to_raw(x: Any) -> Raw:
     """An array as it is stored, on the host."""
-    host = np.asarray(jax.random.key_data(x) if is_key(x) else x, order="C")
+    host = jax.device_get(jax.random.key_data(x) if is_key(x) else x)
+    host = np.asarray(host, order="C")
     host = host.astype(host.dtype.newbyteorder("<"), copy=False)
     pairs = host[..., None] if host.dtype.kind == "c" else host
     return pairs.view(_raw_dtype(host.dtype))
@@ -89,7 +90,7 @@ def raw_type(like: ArrayLike) -> tuple[DType, tuple[int, ...]]:
 def from_raw(raw: Raw, like: ArrayLike) -> AnyArray:
     """An array of the type of `like`, on its devices, in memory of its own."""
     if is_key(like):
-        keys = jax.random.wrap_key_data(jnp.asarray(raw), impl=_impl_of(like))
+        keys = jax.random.wrap_key_data(jax.device_put(raw), impl=_impl_of(like))
         return jax.block_until_ready(_placed(keys, like))
     host = raw.view(like.dtype.newbyteorder("<")).reshape(like.shape)
     if isinstance(like, (np.ndarray, np.generic)):
@@ -108,9 +109,11 @@ def _placed(x: Any, like: Any) -> Array:
     if sharding is None or sharding == _default_sharding():
         # Not committed to the device: a computation with sharded arrays may move it.
         return jax.device_put(x).copy()
-    if is_key(x):
-        return jax.device_put(x, sharding).copy()
-    array = jax.make_array_from_callback(x.shape, sharding, lambda i: x[i])
+    array = (
+        jax.device_put(x, sharding)
+        if sharding.is_fully_addressable
+        else jax.make_array_from_callback(x.shape, sharding, lambda i: x[i])
+    )
     return jax.device_put(array.copy(), sharding)  # the copy may write it differently
 
 

@@ -96,7 +96,8 @@ _VERSIONS = {
 def step_of(tree: PyTree) -> int | None:
     """The step that the only state in a tree has come to."""
     counts = [state.count for state in states_in(tree, is_moment_state)]
-    return int(counts[0]) if len(counts) == 1 and np.shape(counts[0]) == () else None
+    is_one = len(counts) == 1 and np.shape(counts[0]) == ()
+    return int(jax.device_get(counts[0])) if is_one else None
 
 
 def from_metadata(metadata: dict[str, str]) -> tuple[Contents, dict[str, str]]:
