@@ -314,3 +314,20 @@ def test_a_bound_counts_the_bytes_that_must_be_moved(module: Any):
     """A step that moves 20 of 36 bytes has 20/36 of the time of the in-place scale."""
     found = module("gpu").bound_ratios([2.0, 4.0], [3.6, 3.6], 20 / 36)
     np.testing.assert_allclose(found, [1.0, 2.0])
+
+
+#
+# Checkpoints
+#
+
+
+def test_checkpoints_of_all_sides(
+    module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Each side loads what it has saved, or `measure` raises."""
+    checkpoint = module("checkpoint")
+    names = [name for name in checkpoint.SIDES if name != "Orbax"]
+    monkeypatch.setattr(checkpoint, "sides", lambda: names)
+    found = checkpoint.measure(tmp_path, 1200, 3, rounds=2)
+    assert list(found) == names and len(list(tmp_path.iterdir())) == 3
+    assert all(times[key]["low"] > 0 for times in found.values() for key in times)
