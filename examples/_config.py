@@ -23,7 +23,8 @@ class Config:
     plot: Path | None = None
     """Path of the loss plot. The default is OUT/loss.png."""
     resume: bool = False
-    """Continue from the checkpoint in OUT, to the same results bit for bit."""
+    """Continue from the newest whole checkpoint in OUT. The results are the same, bit
+    for bit."""
     compare: bool = False
     """Train with AdamW and with AdEMAMix, from the same weights on the same batches."""
     optimizer: OptimizerName = "ademamix"

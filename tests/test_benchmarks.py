@@ -327,3 +327,20 @@ def test_the_table_of_layouts(module: Any, layout: str):
     for name in ("float32", "compact"):
         optim = sharding.OPTIMIZERS[name]
         assert cells[name] == sharding.measure(sharding.LAYOUTS[layout], optim)
+
+
+#
+# Checkpoints
+#
+
+
+def test_checkpoints_of_all_sides(
+    module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Each side loads what it has saved, or `measure` raises."""
+    checkpoint = module("checkpoint")
+    names = [name for name in checkpoint.SIDES if name != "Orbax"]
+    monkeypatch.setattr(checkpoint, "sides", lambda: names)
+    found = checkpoint.measure(tmp_path, 1200, 3, rounds=2)
+    assert list(found) == names and len(list(tmp_path.iterdir())) == 3
+    assert all(times[key]["low"] > 0 for times in found.values() for key in times)

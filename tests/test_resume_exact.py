@@ -53,7 +53,7 @@ FORMATS = {
 
 
 class Model(eqx.Module):
-    """Parameters of several shapes, and a buffer and a function as they are."""
+    """Parameters of several shapes, a buffer, and a function."""
 
     linear: eqx.nn.Linear
     gain: jax.Array
@@ -77,7 +77,7 @@ def make_model(dtype: Any) -> Model:
     return eqx.combine(eqx_ademamix.tree_cast(arrays, dtype), rest)
 
 
-def scheduled(warmup: int = 100, **options: Any) -> AdEMAMix:
+def scheduled(warmup: int = 100, **options: Any) -> Any:
     return AdEMAMix(
         optax.warmup_cosine_decay_schedule(0.0, 1e-2, min(warmup, 50), 200),
         b3=beta3_scheduler(0.999, 0.9, warmup=warmup),
