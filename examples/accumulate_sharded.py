@@ -30,7 +30,7 @@ import eqx_ademamix
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Classifies handwritten digits on several devices that hold the same model and
-    share out the optimizer state."""
+    split the optimizer state."""
 
     steps: int = 400
     """The number of steps. Every schedule spans all of them."""

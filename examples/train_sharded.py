@@ -37,8 +37,8 @@ class Config:
     """Trains a byte-level transformer on several devices."""
 
     shard: Literal["fsdp", "zero1"] = "fsdp"
-    """What the devices share out: with `fsdp` the parameters and the optimizer state,
-    with `zero1` only the optimizer state."""
+    """What is split over the devices: the parameters and the optimizer state with
+    `fsdp`, only the optimizer state with `zero1`."""
     compact: bool = False
     """Use the state format with four bytes per parameter instead of twelve."""
 

@@ -87,7 +87,7 @@ def with_deleted_rate() -> AdEMAMix:
 
 @functools.total_ordering
 class Key:
-    """Keys that differ but are printed alike."""
+    """Keys that differ but print as the same text."""
 
     def __init__(self, number: int):
         self.number = number

@@ -29,8 +29,8 @@ def check_names(name: str, leaves: Leaves) -> None:
     if most and most[0][1] > 1:
         raise ValueError(
             f"`{name}` has {most[0][1]} leaves with the path {most[0][0]}, but a "
-            "checkpoint has one array for each path. Were keys of a dict or of a node "
-            "of your own printed alike? Give them names that differ."
+            "checkpoint has one array for each path. Do two keys of a dict, or of a "
+            "node of your own, print as the same text? Give them names that differ."
         )
 
 

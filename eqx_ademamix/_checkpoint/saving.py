@@ -226,7 +226,7 @@ def _other_hyperparams(
     ]
     if not names:
         return None
-    values = [x.get(names[0], "not there") for x in (found, expected)]
+    values = [x.get(names[0], "missing") for x in (found, expected)]
     return (
         f"optim{names[0]} is {values[0]} in {path}, but {values[1]} in `optim` (the "
         f"first of {len(names)} that differ). If that is intended, load with "
