@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 # A process that forks children before it starts a backend, since only then may JAX's
 # processes fork, and since importing takes longer than all else. It kills them.
 FORKS = """
-import json, os, random, signal, sys, threading, time
+import json, os, random, signal, sys, time, traceback
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +38,8 @@ def fork(act, timeout=120):
             os.close(reader)
             signal.alarm(timeout)
             code = act(writer)
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(code)
     os.close(writer)
