@@ -15,7 +15,7 @@ from ._memory import HOST, is_in_host
 from ._optimizer import AbstractOptimizer, OptaxOptimizer, init
 from ._paths import Node, Path, flatten, full_path_text, path_text, table
 from ._sharding import Spec, partition_spec, spec_of, spec_text
-from ._storage.codec import Encoded, Struct, holds_blocks
+from ._storage.codec import AbstractCodec, Encoded, Struct, holds_blocks
 from ._typing import no_type_check
 
 
@@ -72,7 +72,11 @@ def state_sharding(
         state = jax.device_put(eqx_ademamix.init(optim, model), shardings)
         ```
     """
-    return _planned(optim, params, mesh, axis).shardings
+    check_optimizer(optim)
+    names = _checked_names(axis, mesh)
+    state, in_host = _shapes(optim, params)
+    shardings = _planned(params, state, mesh, names).shardings(in_host)
+    return jtu.tree_structure(state).unflatten(shardings)
 
 
 @no_type_check
@@ -121,7 +125,9 @@ def sharding_report(
           ['weight']  (64, 256)  P()        P(None, 'data')  24,576
         ```
     """
-    return _planned(optim, params, mesh, axis).report()
+    check_optimizer(optim)
+    names = _checked_names(axis, mesh)
+    return _planned(params, _shapes(optim, params)[0], mesh, names).report()
 
 
 Shape: TypeAlias = tuple[int, ...]
@@ -154,14 +160,19 @@ class _Plan(NamedTuple):
     parameters: dict[Path, Array | Struct]
     choices: dict[Path, _Choice]
     parts: list[tuple[Path | None, list[_Part]]]  # of which parameter
-    shardings: PyTree[NamedSharding]
+
+    def shardings(self, in_host: list[bool]) -> list[NamedSharding]:
+        """Those of all arrays of the state, in order."""
+        found = [part.sharding for _, entry in self.parts for part in entry]
+        pairs = zip(found, in_host, strict=True)
+        return [s.with_memory_kind(HOST) if flag else s for s, flag in pairs]
 
     def report(self) -> str:
         parts = [part for _, entry in self.parts for part in entry]
         total = sum(math.prod(x.shape) * x.dtype.itemsize for x, _ in parts)
         each = sum(part.bytes for part in parts)
         head = ("path", "shape", "parameter", "state", "bytes", "note")
-        rows = [head, *(self._row(path) for path in self.choices)]
+        rows = [head, *(self._row(path, n) for path, n in self._bytes().items())]
         return "\n".join(
             [
                 f"The state takes {total:,} bytes, {each:,} on each of "
@@ -171,57 +182,53 @@ class _Plan(NamedTuple):
             ]
         )
 
-    def _row(self, path: Path) -> tuple[str, ...]:
+    def _bytes(self) -> dict[Path, int]:
+        """The bytes of each parameter's state on each device."""
+        found = dict.fromkeys(self.choices, 0)
+        for owner, entry in self.parts:
+            if owner is not None:
+                found[owner] += sum(part.bytes for part in entry)
+        return found
+
+    def _row(self, path: Path, each: int) -> tuple[str, ...]:
         choice = self.choices[path]
-        own = [part for owner, entry in self.parts if owner == path for part in entry]
         return (
             full_path_text(path),
             str(self.parameters[path].shape),
             spec_text(choice.own),
             spec_text(choice.spec),
-            f"{sum(part.bytes for part in own):,}",
+            f"{each:,}",
             self._note(choice),
         )
 
     def _note(self, choice: _Choice) -> str:
         if not _is_over(choice.spec, self.names):
             return f"replicated: {_size(self.mesh, self.names)} divides no axis"
-        if not choice.is_whole:
-            return BLOCKS_SPAN_DEVICES
-        return ""
+        return "" if choice.is_whole else BLOCKS_SPAN_DEVICES
 
 
 def _planned(
-    optim: AbstractOptimizer[Any] | OptaxOptimizer,
-    params: PyTree,
-    mesh: Mesh,
-    axis: object,
+    params: PyTree, state: PyTree, mesh: Mesh, names: tuple[str, ...]
 ) -> _Plan:
-    check_optimizer(optim)
-    names = _checked_names(axis, mesh)
-    state, in_host = _shapes(optim, params)
-    parameters = _parameters(params)
-    entries = flatten(state)
-    pairs = list(zip(entries.paths, entries.values, strict=True))
-    owners = [_owner(path, x, parameters) for path, x in pairs]
+    parameters, entries = _parameters(params), flatten(state)
+    pairs = zip(entries.paths, entries.values, strict=True)
+    owned = [(_owner(path, x, parameters), x) for path, x in pairs]
+    codecs: dict[Path, list[AbstractCodec]] = {}
+    for owner, x in owned:
+        if owner is not None:
+            found = codecs.setdefault(owner, [])
+            found += [x.codec] if isinstance(x, Encoded) else []
     choices = {
-        path: _chosen(path, x, _codecs(path, owners, entries.values), mesh, names)
+        path: _chosen(path, x, codecs[path], mesh, names)
         for path, x in parameters.items()
-        if path in owners
+        if path in codecs
     }
     _check_effect(list(choices.values()), mesh, names)
     parts = [
         (owner, _parts(x, None if owner is None else choices[owner], mesh))
-        for owner, (_, x) in zip(owners, pairs, strict=True)
+        for owner, x in owned
     ]
-    flat = [
-        part.sharding.with_memory_kind(HOST) if is_there else part.sharding
-        for part, is_there in zip(
-            (x for _, e in parts for x in e), in_host, strict=True
-        )
-    ]
-    shardings = jtu.tree_structure(state).unflatten(flat)
-    return _Plan(mesh, names, parameters, choices, parts, shardings)
+    return _Plan(mesh, names, parameters, choices, parts)
 
 
 def _shapes(
@@ -258,12 +265,6 @@ def _owner(
     return None
 
 
-def _codecs(path: Path, owners: list[Path | None], entries: list[Node]) -> list[Any]:
-    """The codecs of the moments of one parameter."""
-    own = (x for owner, x in zip(owners, entries, strict=True) if owner == path)
-    return [x.codec for x in own if isinstance(x, Encoded)]
-
-
 #
 # The choice
 #
@@ -272,19 +273,20 @@ def _codecs(path: Path, owners: list[Path | None], entries: list[Node]) -> list[
 def _chosen(
     path: Path,
     param: Array | Struct,
-    codecs: list[Any],
+    codecs: list[AbstractCodec],
     mesh: Mesh,
     names: tuple[str, ...],
 ) -> _Choice:
     own, shape = _own_spec(path, param, mesh), param.shape
+    new = tuple(name for name in names if not _is_over(own, (name,)))
     is_whole = lambda spec: all(
         holds_blocks(codec, shape, _shard(shape, spec, mesh)) for codec in codecs
     )
-    if _is_over(own, names) or 0 in shape:
+    if not new or 0 in shape:
         return _Choice(own, own, is_whole(own))
-    specs = [_extended(own, i, names) for i in range(len(shape))]
+    specs = [_extended(own, i, new) for i in range(len(shape))]
     size = dict(zip(specs, _shard(shape, own, mesh), strict=True))
-    possible = [x for x in specs if size[x] % _size(mesh, names) == 0]
+    possible = [x for x in specs if size[x] % _size(mesh, new) == 0]
     # `max` takes the first axis of those that are equal.
     rank = lambda spec: (is_whole(spec), size[spec])
     spec = max(possible, key=rank, default=own)

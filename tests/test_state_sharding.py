@@ -190,6 +190,10 @@ def test_several_mesh_axes():
     params = {"w": jnp.ones((64, 256))}
     shardings = state_sharding(AdEMAMix(1e-3), params, mesh, axis=("replica", "data"))
     assert spec_text(shardings.m1["w"]) == (None, ("replica", "data"))
+    # A parameter that is split over one of them already gets the other one, too.
+    split = jax.device_put(params, NamedSharding(mesh, P("data")))
+    shardings = state_sharding(AdEMAMix(1e-3), split, mesh, axis=("replica", "data"))
+    assert spec_text(shardings.m1["w"]) == ("data", "replica")
 
 
 def test_parameters_may_be_shapes():
