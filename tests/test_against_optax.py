@@ -9,8 +9,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 import optax
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import eqx_ademamix
 from eqx_ademamix import AdEMAMix
@@ -138,6 +140,20 @@ def test_precision_of_one_minus_b3():
         errors.append(abs(float(m2) / (1 - 0.999999) - 1))
     assert errors[0] < 1e-6 and ours == "below 1e-6"
     assert f"{errors[1]:.0%}" == theirs
+
+
+def test_split_parameters():
+    name = "parameters split over devices, state made by `jax.jit(init)`"
+    assert row(name) == ("split", "a whole copy on each device")
+    split = NamedSharding(
+        Mesh(np.array(jax.devices()), ("data",)), PartitionSpec("data")
+    )
+    params = jax.device_put(jnp.ones((64, 8)), split)
+    shares = []
+    for optim in (AdEMAMix(1e-3), optax.contrib.ademamix(1e-3)):
+        moments = [x for x in jtu.tree_leaves(jax.jit(optim.init)(params)) if x.ndim]
+        shares.append({x.addressable_shards[0].data.size / x.size for x in moments})
+    assert shares == [{1 / 8}, {1.0}]
 
 
 def test_equal_where_both_are_exact():
