@@ -220,6 +220,8 @@ def main(
     """
     load = os.getloadavg()[0]
     size = int(gigabytes * 1e9) // BYTES_PER_PARAMETER, leaves
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as files:
         times = measure(Path(files), *size, rounds)
         memory = {}
