@@ -157,6 +157,14 @@ def clip_magnitude(x: Any, bound: float, xp: ModuleType = jnp) -> Any:
     return lax.complex(real, imag) if xp is jnp else real + 1j * imag
 
 
+def clamped(x: Inexact[Array, "..."], bound: float) -> Inexact[Array, "..."]:
+    """As `clip_magnitude`, but the bound also replaces infinities in real arrays."""
+    if jnp.iscomplexobj(x):
+        return clip_magnitude(x, bound)
+    top = np.asarray(bound, x.dtype)
+    return lax.clamp(-top, x, top)
+
+
 def saturated(x: Inexact[Array, "..."]) -> Inexact[Array, "..."]:
     """`x` with the largest finite number in place of an infinite one: an overflow times
     a learning rate of 0 would be a NaN. A NaN stays one."""

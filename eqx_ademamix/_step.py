@@ -42,6 +42,7 @@ from ._numerics import (
     DType,
     as_array,
     cast,
+    clamped,
     clip_magnitude,
     compute_dtype,
     in_type_of,
@@ -309,10 +310,13 @@ def _leaf_step(
     old = Moments(m1, m2, nu)
     real, like = h.learning_rate.dtype, g if p is None else p
     kept = [x.dtype for x in old if x is not None]
-    g = clip_magnitude(cast(g, real), largest_gradient(*kept))
+    whole, largest = cast(g, real), largest_gradient(*kept)
+    g = clip_magnitude(whole, largest)
     averages = rule.averages(g, _decoded(old, real), h)
     averages, stored = _stored(averages, old, names, key, _bounds(rule, g, old, h))
-    u = saturated(rule.direction(g, averages, h))
+    # If the averages and the direction shared one clipped gradient, XLA on CPUs would
+    # materialize it. Where it is infinite, the averages are, too.
+    u = saturated(rule.direction(clamped(whole, largest), averages, h))
     rate = _rate(h.learning_rate, scale, g.ndim)
     if decay is WeightDecay.none or p is None:
         update = times(-rate, u)
