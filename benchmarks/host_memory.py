@@ -1,4 +1,4 @@
-"""Measures a step with moments in the memory of the host, beside one without.
+"""Measures a step with moments in host memory, beside one without.
 
     python benchmarks/host_memory.py    # on a GPU, a few minutes
 

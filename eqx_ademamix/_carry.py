@@ -45,7 +45,7 @@ class Type:
     shape: tuple[int, ...]
     dtype: DType | Any  # a PRNG key has a dtype of its own kind
     weak_type: bool
-    in_host: bool = False  # in the memory of the host
+    in_host: bool = False  # in host memory
 
     def is_like(self, other: "Type") -> bool:
         mine = (self.shape, self.dtype, self.in_host)
@@ -53,7 +53,7 @@ class Type:
 
     def __str__(self) -> str:
         kind = f"weakly typed {self.dtype.name}" if self.weak_type else self.dtype.name
-        where = " in the memory of the host" if self.in_host else ""
+        where = " in host memory" if self.in_host else ""
         return f"{with_article(kind)} array of shape {self.shape}{where}"
 
 
@@ -296,7 +296,7 @@ def _placed(x: AnyArray, place: Place) -> AnyArray:
 
 def copy_of(x: AnyArray) -> Array:
     """A copy in the same memory. Only the device computes, so it does not copy what is
-    in the memory of the host."""
+    in host memory."""
     if is_in_host(x) and is_concrete(x):
         return jax.device_put(x, x.sharding, may_alias=False)
     return _copy(x)

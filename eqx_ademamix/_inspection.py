@@ -198,12 +198,11 @@ def state_report(state: PyTree[Any]) -> str:
     **Returns:**
 
     Text for a person to read. For each trained array, a line has its path, its shape,
-    how each moment is stored, and the bytes per parameter of all moments. If the state
+    how each moment is stored, and the bytes per parameter of all moments. `(host)`
+    marks a moment that [`eqx_ademamix.Offloaded`][] keeps in host memory. If the state
     is on several devices, the text also has the bytes on each device, the sharding of
     each moment, and whether blocks of a codec span devices, which then exchange scales
     in each step.
-    `(host)` marks a moment that is in the memory of the host, as
-    [`eqx_ademamix.Offloaded`][] puts it there.
 
     **Raises:**
 
@@ -236,20 +235,27 @@ def state_report(state: PyTree[Any]) -> str:
     head = ("path", "shape", *(str(state.names[i]) for i in shown), "bytes")
     columns = [*zip(head, *rows, strict=True)]
     columns[-1] = _to_the_right(columns[-1])
-    size = sum(math.prod(moments.m2.shape) for _, moments in places)
-    summary = f"The state takes {total:,} bytes"
-    summary += f", {total / size:.2f} per parameter" if size else ""
-    in_host = state_bytes(eqx.filter(state, is_in_host))
-    summary += f", {in_host:,} of them in the memory of the host" if in_host else ""
-    devices = _devices(state)
-    if devices > 1:
-        on_devices = eqx.filter(state, is_in_host, inverse=True)
-        each = _bytes_per_device(on_devices)
-        summary += f", {each:,} on each of {devices} devices"
+    if _devices(state) > 1:
         columns.append(("sharding", *(_shardings(moments) for _, moments in places)))
         columns.append(("note", *(_note(moments) for _, moments in places)))
-    lines = table([*zip(*columns, strict=True)])
-    return "\n".join([f"{summary}.", "", *(line.rstrip() for line in lines)])
+    size = sum(math.prod(moments.m2.shape) for _, moments in places)
+    lines = [line.rstrip() for line in table([*zip(*columns, strict=True)])]
+    return "\n".join([_summary(total, size, state), "", *lines])
+
+
+def _summary(total: int, size: int, state: AbstractMomentState[Any]) -> str:
+    """The first line of a report, about `total` bytes for `size` parameters."""
+    facts = [f"The state takes {total:,} bytes"]
+    if size:
+        facts.append(f"{total / size:.2f} per parameter")
+    in_host = state_bytes(eqx.filter(state, is_in_host))
+    if in_host:
+        facts.append(f"{in_host:,} of them in host memory")
+    devices = _devices(state)
+    if devices > 1:
+        each = _bytes_per_device(eqx.filter(state, is_in_host, inverse=True))
+        facts.append(f"{each:,} on each of {devices} devices")
+    return f"{', '.join(facts)}."
 
 
 def _places(moments: Moments[PyTree]) -> list[tuple[Path, Moments[Stored]]]:

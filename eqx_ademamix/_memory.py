@@ -1,4 +1,4 @@
-"""Arrays in the memory of the host, next to that of the device."""
+"""Arrays in host memory, and the order in which a program reads them."""
 
 from collections.abc import Iterable
 from typing import Any, TypeVar
@@ -10,16 +10,16 @@ from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
 
-# What JAX calls the memory of the host that a device can copy from and to by itself.
+# What JAX calls host memory that a device can read and write by itself.
 HOST = "pinned_host"
 # Since this version, what a compiled program moves there stays there on all backends.
-# Before it, all results of a program on a CPU were in the memory of the device.
+# Before it, all results of a program on a CPU were in device memory.
 _SINCE = (0, 10, 2)
 Tree = TypeVar("Tree")
 
 
 def check_host_memory(arrays: Iterable[object]) -> None:
-    """Checks that JAX can keep arrays in the memory of the host of these arrays."""
+    """Checks that JAX can keep arrays in host memory beside these arrays."""
     if jax.__version_info__ < _SINCE:
         raise ValueError(
             f"`Offloaded` needs jax {'.'.join(map(str, _SINCE))} or newer, but this is "
@@ -46,8 +46,8 @@ def _device_of(arrays: Iterable[object]) -> Any:  # `jax.Device` is not a static
 
 
 def is_in_host(x: object) -> bool:
-    """Whether an array, concrete or traced, is in the memory of the host. Before JAX
-    0.7, traced arrays do not know their memory."""
+    """Whether an array, concrete or traced, is in host memory. Before JAX 0.7, the
+    type of a traced array does not say so."""
     space = getattr(getattr(x, "aval", None), "memory_space", None)
     return getattr(space, "name", None) == "Host"
 
@@ -57,13 +57,13 @@ def any_in_host(tree: PyTree) -> bool:
 
 
 def to_host(tree: Tree) -> Tree:
-    """A tree with its arrays in the memory of the host. Those that are there already
-    stay as they are: `jax.device_put` would copy them."""
+    """A tree with its arrays in host memory. Those that are there already stay
+    as they are: `jax.device_put` would copy them."""
     return jax.tree.map(lambda x: x if is_in_host(x) else _moved(x, "Host"), tree)
 
 
 def to_device(tree: Tree) -> Tree:
-    """A tree with its arrays in the memory of the device."""
+    """A tree with its arrays in device memory."""
     return jax.tree.map(lambda x: _moved(x, "Device") if is_in_host(x) else x, tree)
 
 
@@ -75,15 +75,15 @@ def _moved(x: Any, target: str) -> Array:
 
 
 def placed_as(tree: Tree, like: PyTree) -> Tree:
-    """A tree whose arrays are in the memory of the host where those of a tree of the
-    same structure are."""
+    """A tree whose arrays are in host memory wherever those of another tree of
+    the same structure are."""
     put = lambda x, y: to_host(x) if is_in_host(y) else x
     return jax.tree.map(put, tree, like)
 
 
 def after(done: Any, waiting: Tree) -> tuple[Any, Tree]:
-    """The same trees, but a compiled program can read what is in the memory of the host
-    in `waiting` only once what belongs there in `done` is back."""
+    """The same trees, but a compiled program can read the arrays of `waiting` that
+    are in host memory only once those of `done` that belong there are back."""
     host, rest = eqx.partition((done, waiting), is_in_host)
     arrays = jtu.tree_leaves(host)
     is_traced = any(isinstance(x, Tracer) for x in arrays)
@@ -108,8 +108,8 @@ def _barrier(tree: Tree) -> Tree:
 
 @_barrier.defjvp
 def _barrier_jvp(primals: tuple[Tree], tangents: tuple[Tree]) -> tuple[Tree, Tree]:
-    """Derivatives need not wait, but must be in the memory of what they belong to, in
-    which JAX does not put those that are zero."""
+    """Derivatives need not wait, but each must be in the same memory as its array. JAX
+    does not put zero derivatives there."""
     is_zero = lambda x: x.dtype == jax.dtypes.float0  # of integers
     put = lambda x: x if is_zero(x) else to_host(x)
     return _barrier(*primals), jax.tree.map(put, tangents[0])

@@ -234,7 +234,7 @@ def _planned(
 def _shapes(
     optim: AbstractOptimizer[Any] | OptaxOptimizer, params: PyTree
 ) -> tuple[PyTree, list[bool]]:
-    """The state as shapes, and which of its arrays are in the memory of the host, which
+    """The state as shapes, and which of its arrays are in host memory, which
     shapes do not say."""
     in_host: list[bool] = []
 

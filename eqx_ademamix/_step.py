@@ -280,7 +280,7 @@ _IN_FLIGHT = 2
 def _in_turn(
     moments: Moments[Stored | None], stepped: list[tuple[Array, Moments[Stored]]]
 ) -> Moments[Stored | None]:
-    """Moments in the memory of the host, which wait there until those of an earlier
+    """Moments in host memory, which wait there until those of an earlier
     leaf are back. A barrier returns both, so it also replaces those in `stepped`."""
     if len(stepped) < _IN_FLIGHT:
         return moments

@@ -1,4 +1,4 @@
-"""Command-line options of `train_language_model.py`."""
+"""Command-line options of the examples that train the language model."""
 
 import dataclasses
 from pathlib import Path
@@ -12,12 +12,41 @@ _LEARNING_RATES: dict[OptimizerName, float] = {"adamw": 8e-3, "ademamix": 8e-3}
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """Trains a byte-level transformer on text."""
+class TextConfig:
+    """The text, the size of the model, and the size of the batches."""
 
     data: Path | None = None
     """A text file or a folder of text files.
     The default is the source code of Python's standard library."""
+    width: int = 64
+    """The size of the hidden vectors of the transformer."""
+    depth: int = 2
+    """The number of transformer blocks."""
+    heads: int = 4
+    """The number of attention heads. It must divide the width."""
+    context: int = 64
+    """The number of bytes that the model sees at once."""
+    batch_size: int = 16
+    """The number of text windows in each batch, over all devices."""
+    seed: int = 0
+    """The seed for the initial weights, the batches, and the generated text."""
+
+    def __post_init__(self):
+        for name in ("width", "depth", "heads", "context", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, but must be >= 1")
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}, but must be >= 0")
+        if self.width % self.heads:
+            raise ValueError(
+                f"width {self.width} is not a multiple of heads {self.heads}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(TextConfig):
+    """Trains a byte-level transformer on text."""
+
     out: Path = Path("runs/language_model")
     """The folder for checkpoints and the plot."""
     plot: Path | None = None
@@ -39,32 +68,16 @@ class Config:
     """AdEMAMix: the final decay rate of the slow average."""
     weight_decay: float = 0.1
     """The weight decay. It applies to matrices, but not to biases or norms."""
-    width: int = 64
-    """The size of the hidden vectors of the transformer."""
-    depth: int = 2
-    """The number of transformer blocks."""
-    heads: int = 4
-    """The number of attention heads. It must divide the width."""
-    context: int = 64
-    """The number of bytes that the model sees at once."""
-    batch_size: int = 16
-    """The number of text windows in each batch."""
-    seed: int = 0
-    """The seed for the initial weights, the batches, and the generated text."""
 
     def __post_init__(self):
-        for name in ("steps", "width", "depth", "heads", "context", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, but must be >= 1")
-        for name in ("peak_learning_rate", "alpha", "weight_decay", "seed"):
+        super().__post_init__()
+        if self.steps < 1:
+            raise ValueError(f"steps is {self.steps}, but must be >= 1")
+        for name in ("peak_learning_rate", "alpha", "weight_decay"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be >= 0")
         if not 0 <= self.b3 < 1:
             raise ValueError(f"b3 is {self.b3}, but must be in [0, 1)")
-        if self.width % self.heads:
-            raise ValueError(
-                f"width {self.width} is not a multiple of heads {self.heads}"
-            )
 
     @property
     def peak_learning_rate(self) -> float:

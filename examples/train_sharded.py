@@ -19,6 +19,7 @@ import numpy as np
 import optax
 import tyro
 from _config import Config as JobConfig
+from _config import TextConfig
 from _plot import Curve, plot_losses
 from _text import DataError, Text, read_text, training_batch
 from _text import validation_batches as held_out_batches
@@ -33,7 +34,7 @@ import eqx_ademamix
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(TextConfig):
     """Trains a byte-level transformer on several devices."""
 
     shard: Literal["fsdp", "zero1"] = "fsdp"
@@ -54,29 +55,15 @@ class Config:
     cluster: bool = False
     """Get the three options above from SLURM, Open MPI, or a TPU pod."""
 
-    data: Path | None = None
-    """A text file or a folder of text files.
-    The default is the source code of Python's standard library."""
     out: Path = Path("runs/sharded")
     """The folder for the losses and the plot."""
     steps: int = 400
     """The number of steps. Every schedule spans all of them."""
     learning_rate: float = 8e-3
     """The peak learning rate."""
-    width: int = 64
-    """The size of the hidden vectors of the transformer."""
-    depth: int = 2
-    """The number of transformer blocks."""
-    heads: int = 4
-    """The number of attention heads. It must divide the width."""
-    context: int = 64
-    """The number of bytes that the model sees at once."""
-    batch_size: int = 16
-    """The number of text windows in each batch, over all devices."""
-    seed: int = 0
-    """The seed for the initial weights and the batches."""
 
     def __post_init__(self):
+        super().__post_init__()
         address = (self.coordinator, self.processes, self.process_id)
         given = [option is not None for option in address]
         if any(given) and (self.cluster or not all(given)):
@@ -90,7 +77,7 @@ class Config:
 
     @property
     def job(self) -> JobConfig:
-        """The options that `train_language_model.py` has, too."""
+        """These options as those of `train_language_model.py`."""
         names = {field.name for field in dataclasses.fields(JobConfig)}
         options = dataclasses.asdict(self).items()
         return JobConfig(**{name: value for name, value in options if name in names})

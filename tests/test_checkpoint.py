@@ -334,7 +334,7 @@ def test_a_sharded_state(fmt: StateFormat, path: pathlib.Path):
 
 
 def pinned_host() -> NamedSharding | None:
-    """In the memory of the host, where the backend has a memory of that name."""
+    """In host memory, where the backend has a memory of that name."""
     kinds = [x.kind for x in jax.devices()[0].addressable_memories()]
     return (
         on(mesh(8), "a", memory_kind="pinned_host") if "pinned_host" in kinds else None

@@ -1,4 +1,4 @@
-"""`Offloaded` keeps moments in the memory of the host and takes the same steps.
+"""`Offloaded` keeps moments in host memory and takes the same steps.
 
 With an older jax, each of these tests asserts the error that `init` raises there.
 """
@@ -102,14 +102,14 @@ def within(params: Any) -> Any:
 
 
 def in_host(tree: Any) -> list[bool]:
-    """Which arrays of a tree are in the memory of the host."""
+    """Which arrays of a tree are in host memory."""
     kinds = [x.sharding.memory_kind for x in jtu.tree_leaves(tree)]
     assert set(kinds) <= {"device", "pinned_host"}
     return [kind == "pinned_host" for kind in kinds]
 
 
 def hosted(state: Any) -> set[str]:
-    """The fields of a state that are in the memory of the host."""
+    """The fields of a state that are in host memory."""
     found = {name: in_host(getattr(state, name)) for name in vars(state)}
     assert all(len(set(flags)) <= 1 for flags in found.values())
     return {name for name, flags in found.items() if any(flags)}
@@ -262,7 +262,7 @@ def test_steps_outside_of_jit():
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("how", ("eager", "jit"))
 def test_init(how: str, layout: str, name: str):
-    """Zeros in the memory of the host, sharded as those of the wrapped optimizer."""
+    """Zeros in host memory, sharded as those of the wrapped optimizer."""
     plain = AdEMAMix(1e-3, state_format=FORMATS[name])
     params = placed(make_params(), layout)
     wrap = jax.jit if how == "jit" else lambda f: f
@@ -364,7 +364,7 @@ def test_the_wrapped_optimizer_has_no_barriers():
 @feature
 def test_the_compiled_program():
     """On a GPU, each of three moments is copied there and back. XLA knows the memory of
-    each input and output, and those in the memory of the host are overwritten there."""
+    each input and output, and those in host memory are overwritten there."""
     params = on_device(make_params())
     optim = Offloaded(AdEMAMix(1e-3))
     state = init(optim, params)
@@ -606,7 +606,7 @@ def test_with_the_tools_of_jax(layout: str):
 
 @feature
 def test_a_checkpoint(tmp_path: Any):
-    """Equinox reads arrays into the memory of the device. A template says where they
+    """Equinox reads arrays into device memory. A template says where they
     were."""
     optim = Offloaded(AdEMAMix(1e-2))
     params = on_device(make_params())
@@ -664,8 +664,8 @@ def test_the_report():
     assert eqx_ademamix.state_bytes(state) == 69_384
     lines = eqx_ademamix.state_report(state).splitlines()
     assert lines[0] == (
-        "The state takes 69,384 bytes, 4.17 per parameter, 34,048 of them in the "
-        "memory of the host."
+        "The state takes 69,384 bytes, 4.17 per parameter, 34,048 of them in "
+        "host memory."
     )
     assert (
         lines[3].split()

@@ -164,7 +164,7 @@ def begin(folder: Path) -> None:
 def resume(folder: Path) -> None:
     """All cases: N steps from the file on."""
     for name, (optim, _) in CASES.items():
-        # Shapes do not say which arrays are in the memory of the host.
+        # Shapes do not say which arrays are in host memory.
         is_offloaded = isinstance(optim, Offloaded)
         like = start(name) if is_offloaded else eqx.filter_eval_shape(start, name)
         run = load(file_of(folder, "half", name), like, optim=optim)

@@ -371,7 +371,7 @@ def test_compensated(axes: str):
 if HAS_HOST_MEMORY:
 
     def test_offloaded():
-        """Slices of moments stay in the memory of the host."""
+        """Slices of moments stay in host memory."""
         mesh, whole = mesh_of(), NamedSharding(mesh_of(), P())
         params = everywhere_on(mesh, make_params())
         results: list[Any] = []

@@ -14,7 +14,7 @@ from .._sharding import is_committed
 from .file import DTYPES, Raw
 
 
-# An array, or what stands for one in `like`.
+# An array, or what takes its place in `like`.
 ArrayLike: TypeAlias = AnyArray | jax.ShapeDtypeStruct
 
 
@@ -99,7 +99,7 @@ def from_raw(raw: Raw, like: ArrayLike) -> AnyArray:
         return host if isinstance(like, np.ndarray) else host[()]
     array = _placed(host, like)
     array = _as_weak(array) if getattr(like, "weak_type", False) else array
-    return jax.block_until_ready(array)  # from here on, `raw` can go
+    return jax.block_until_ready(array)  # `raw` is no longer needed
 
 
 def _placed(x: Any, like: Any) -> Array:
@@ -114,7 +114,9 @@ def _placed(x: Any, like: Any) -> Array:
         if sharding.is_fully_addressable
         else jax.make_array_from_callback(x.shape, sharding, lambda i: x[i])
     )
-    return jax.device_put(array.copy(), sharding)  # the copy may write it differently
+    return jax.device_put(
+        array.copy(), sharding
+    )  # a copy may have an equivalent sharding
 
 
 def _may_move(x: Any) -> bool:

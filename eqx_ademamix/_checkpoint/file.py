@@ -25,8 +25,8 @@ except ImportError:  # on Windows
 
 
 FORMAT = "eqx_ademamix"
-# Raised by one when a reader of the older format could misread the newer one. The
-# checksum of the header stays as it is in all versions.
+# Increase it by one when an older reader could misread a newer file. The checksum of
+# the header must stay the same in all versions.
 FORMAT_VERSION = 1
 
 
@@ -91,9 +91,9 @@ def _head(tensors: Sequence[Tensor], metadata: dict[str, str]) -> bytes:
     return _sealed(len(text).to_bytes(8, "little") + text)
 
 
-# CRC-32, since it finds every single flipped bit and every burst of up to 32 bits, and
-# since zlib computes it at 1 to 3 GB/s. The hashes of `hashlib` take three to five
-# times as long. They would be needed against forgery, which this is not about.
+# CRC-32 detects every flipped bit and every burst of up to 32 bits, and zlib computes
+# it at 1 to 3 GB/s. The hashes in `hashlib` take three to five times as long. They
+# would also detect tampering, which is not the purpose here.
 _BLANK = "0" * 8
 _MARK = b'"header_crc32":"'
 
@@ -107,8 +107,8 @@ def as_bytes(tensor: Raw) -> memoryview:
 
 
 def _sealed(head: bytes) -> bytes:
-    """The beginning with its own checksum: that of the beginning with zeros in its
-    place."""
+    """The beginning of a file with its own checksum filled in. The checksum is computed
+    with zeros in its place."""
     at = head.find(_MARK) + len(_MARK)
     start, end = head[:at], head[at + len(_BLANK) :]
     return start + checksum(start + _BLANK.encode() + end).encode() + end
@@ -132,12 +132,13 @@ def write(
 ) -> None:
     """Writes a file in place of an older one, which stays as it is if this fails.
 
-    The tensors are read one by one. `metadata` gets their checksums by name. Its size
-    must not depend on them, since the header comes first in the file.
+    The tensors are read one by one. `metadata` gets their checksums by name. The size
+    of what it returns must not depend on them, since the header comes first in the
+    file.
 
-    The library would need all tensors at once, and it writes to a temporary file that
-    it neither flushes to the disk nor leaves to us to lock. So we write, and it checks
-    the header."""
+    The library's own writer needs all tensors at once, and uses a temporary file that
+    it does not flush and that we cannot lock. So this function writes the file, and the
+    library checks the header."""
     library = _safetensors()
     target = Path(os.path.realpath(path))  # through links, as `open` does
     ordered = sorted(tensors, key=lambda x: -x.dtype.itemsize)  # so each is aligned
@@ -183,7 +184,7 @@ def _make_folders(folder: Path) -> list[Path]:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Waits until the names in a folder are on the disk. Windows cannot do that."""
+    """Flushes the names in a folder to disk. Windows cannot do that."""
     if hasattr(os, "O_DIRECTORY"):
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -208,14 +209,16 @@ def _temporary(target: Path) -> Generator[IO[bytes], None, None]:
                 yield file
                 return
         finally:
-            with contextlib.suppress(OSError):  # a full disk is one for the rest, too
+            with contextlib.suppress(
+                OSError
+            ):  # closing flushes, and the disk may be full
                 file.close()
             name.unlink(missing_ok=True)
 
 
 def _is_locked(file: IO[bytes]) -> bool:
-    """Locks a new file, unless another writer has just taken it for abandoned. Where
-    there are no locks, none does."""
+    """Locks a new file. Returns `False` if another writer has just taken the file for
+    an abandoned one. That cannot happen on a file system without locks."""
     if fcntl is None:
         return True
     try:

@@ -87,8 +87,9 @@ def check_enabled(leaves: Leaves) -> None:
 
 
 def check_fit(path: Path, found: Contents, like: Contents, moments: set[str]) -> None:
-    """Whether a file holds what `like` does. Errors come in the order in which they
-    explain each other: another setting of the run gives other shapes, for example.
+    """Whether a file holds what `like` does. The checks are ordered so that
+    the cause is reported, not its effects: a changed setting, not the shapes that it
+    changes.
     `moments` are the paths of all moments in `like`."""
     _check_codecs(path, found, like)
     _check_scalars(path, found, like)

@@ -130,5 +130,5 @@ def copies(tree: PyTree) -> PyTree:
 
 def copied(x: AnyArray, dtype: DTypeLike | None = None) -> Array:
     """A copy of an array (of NumPy, too) in a buffer of its own, so that either may be
-    donated, with the same sharding, in the memory of the device."""
+    donated, with the same sharding, in device memory."""
     return jnp.array(to_device(x), dtype=dtype, copy=True)

@@ -1,4 +1,4 @@
-"""Moments that are in the memory of the host between two steps."""
+"""Moments that are in host memory between two steps."""
 
 from typing import Any, Generic
 
@@ -18,9 +18,9 @@ from .._typing import no_type_check
 
 
 class Offloaded(AbstractOptimizer[S], Generic[S]):
-    """Wraps an optimizer of this package, and keeps some of its moments in the memory
-    of the host (`pinned_host`). The memory of the device then has room for a larger
-    model or batch, but each step takes longer.
+    """Wraps an optimizer of this package, and keeps some of its moments in host memory
+    (`pinned_host`). The device then has room for a larger model or batch, but each step
+    takes longer.
 
     A jitted step copies these moments to the device and back, one parameter after the
     other. The copies are ordered so that the device never holds those of all parameters
@@ -66,7 +66,7 @@ class Offloaded(AbstractOptimizer[S], Generic[S]):
 
         - `optim`: an [`eqx_ademamix.AdEMAMix`][] or
             [`eqx_ademamix.SimplifiedAdEMAMix`][].
-        - `moments`: the names of the moments to keep in the memory of the host: some of
+        - `moments`: the names of the moments to keep in host memory: some of
             `m1`, `m2` and `nu` for `AdEMAMix` (there is no `m1` at `b1=0`), of `m` and
             `nu` for `SimplifiedAdEMAMix`.
 
@@ -139,7 +139,7 @@ def _checked_names(
 
 
 def _check_placed(state: AbstractMomentState[Any], names: tuple[str, ...]) -> None:
-    """Checks that the named moments are in the memory of the host. (A step that moved
+    """Checks that the named moments are in host memory. (A step that moved
     them there would be dangerous to jit: JAX lets a result take over the buffer of a
     donated array of its shape, and ends the process if that is in another memory.)"""
     for name in names:
