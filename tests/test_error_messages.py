@@ -1,4 +1,4 @@
-"""The FAQ has an entry for every error and warning that the package raises."""
+"""`docs/errors.md` has an entry for every error and warning that the package raises."""
 
 import ast
 import pathlib
@@ -12,7 +12,7 @@ from .test_errors import CASES
 
 
 ROOT = pathlib.Path(__file__).parents[1]
-FAQ = (ROOT / "docs/faq.md").read_text()
+PAGE = (ROOT / "docs/errors.md").read_text()
 PACKAGE = sorted((ROOT / "eqx_ademamix").glob("**/*.py"))
 GAP = "…"  # replaces the variable parts of a message
 
@@ -92,7 +92,7 @@ def messages() -> dict[str, str]:
 
 
 #
-# The quotes in the FAQ
+# The quotes on the page
 #
 
 
@@ -102,7 +102,7 @@ def quotes(page: str) -> list[str]:
     return [" ".join(x.lstrip("> ").rstrip() for x in q.splitlines()) for q in lines]
 
 
-QUOTES = quotes(FAQ)
+QUOTES = quotes(PAGE)
 MESSAGES = messages()
 
 
@@ -110,19 +110,19 @@ def as_pattern(quote: str) -> re.Pattern[str]:
     return re.compile(".*".join(map(re.escape, quote.split(GAP))), re.DOTALL)
 
 
-def is_in_faq(text: str) -> bool:
-    """Whether the text of a real error matches a quote in the FAQ."""
+def is_on_page(text: str) -> bool:
+    """Whether the text of a real error matches a quote on the page."""
     return any(as_pattern(quote).fullmatch(text) for quote in QUOTES)
 
 
 @pytest.mark.parametrize("message", MESSAGES, ids=MESSAGES.values())
 def test_every_message_has_an_entry(message: str):
-    assert message in QUOTES, f"paste into docs/faq.md and explain:\n\n> {message}\n"
+    assert message in QUOTES, f"paste into docs/errors.md and explain:\n\n> {message}\n"
 
 
 @pytest.mark.parametrize("quote", QUOTES)
 def test_every_entry_is_of_a_message(quote: str):
-    assert quote in MESSAGES, "no longer in the source: remove it from docs/faq.md"
+    assert quote in MESSAGES, "no longer in the source: remove it from docs/errors.md"
 
 
 def test_no_message_has_two_entries():
@@ -131,14 +131,14 @@ def test_no_message_has_two_entries():
 
 def test_every_entry_is_explained():
     """After one or more quotes, a paragraph comes before the next heading."""
-    for section in re.split(r"^#{2,3} ", FAQ, flags=re.MULTILINE)[1:]:
+    for section in re.split(r"^#{2,3} ", PAGE, flags=re.MULTILINE)[1:]:
         lines = [line for line in section.splitlines()[1:] if line.strip()]
         assert not lines or not lines[-1].startswith(">"), section
 
 
 @pytest.mark.parametrize("user", [case[1] for case in CASES], ids=[x[0] for x in CASES])
 def test_what_users_read_is_found(user: Any):
-    """The text of a real error matches a quote in the FAQ."""
+    """The text of a real error matches a quote on the page."""
     with pytest.raises((ValueError, TypeError)) as error:
         user()
-    assert is_in_faq(str(error.value))
+    assert is_on_page(str(error.value))
