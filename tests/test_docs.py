@@ -115,7 +115,9 @@ def test_links_are_relative_and_lead_somewhere():
 
 @pytest.mark.parametrize("page", DOCS, ids=[page.stem for page in DOCS])
 def test_pages_have_a_title_a_description_and_a_place(page: pathlib.Path):
-    head = re.match(r"---\ntitle: .+\ndescription: .+\.\n(.+\n)*---\n", page.read_text())
+    head = re.match(
+        r"---\ntitle: .+\ndescription: .+\.\n(.+\n)*---\n", page.read_text()
+    )
     assert head, "begin the page with its title and description"
     name = page.relative_to(ROOT / "docs").as_posix()
     place = rf"^ +(- (.+: )?)?{re.escape(name)}$"  # in `nav` or in `not_in_nav`
