@@ -47,7 +47,7 @@ def save(path: str | os.PathLike[str], tree: PyTree, *, optim: object = None) ->
 
     Each array is a tensor whose name is its path in the tree, such as
     `[1].m1.layers[0].weight`. The arrays are read one by one. See
-    [Saving and resuming](resuming.md#what-is-in-the-file) for the rest of the file.
+    [Saving and resuming](../resuming.md#what-is-in-the-file) for the rest of the file.
 
     **Arguments:**
 

@@ -49,11 +49,11 @@ class StateFormat(eqx.Module):
     All arithmetic is in float32 or better, whatever you choose here. Only what is kept
     from one step to the next is rounded. The update is computed from a moment before it
     is rounded to a dtype, as in optax, but after it was stored by a codec, so that a
-    donated state is overwritten in place: see [Low precision](precision.md#memory).
+    donated state is overwritten in place: see [Low precision](../precision.md#memory).
     In derivatives through an update, the rounding of a codec counts as the identity
     (straight-through, Bengio et al. 2013, arXiv:1308.3432). So the derivative is that
     of the rule, evaluated at the decoded moments, which is inaccurate where its terms
-    cancel: see [Low precision](precision.md#derivatives-through-an-update). Derivatives
+    cancel: see [Low precision](../precision.md#derivatives-through-an-update). Derivatives
     do not pass through a state that a codec stored.
 
     A dtype is short for the codec [`eqx_ademamix.Dense`][]. float32 is a lower bound: a

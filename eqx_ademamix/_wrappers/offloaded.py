@@ -34,7 +34,7 @@ class Offloaded(AbstractOptimizer[S], Generic[S]):
     `Offloaded`: `Compensated(Offloaded(optim))`, or
     `optax.chain(optax.clip_by_global_norm(1.0), Offloaded(optim))`.
 
-    It needs jax 0.10.2 or newer. [Host memory](host-memory.md) says when it is worth
+    It needs jax 0.10.2 or newer. [Host memory](../host-memory.md) says when it is worth
     the time, and what to know about donation.
 
     !!! Example
