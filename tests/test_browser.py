@@ -72,6 +72,19 @@ def overflow(page: Page) -> list[str]:
     return [text[:200] for text in found[:4]]
 
 
+def scrolling(page: Page) -> list[str]:
+    """Parts of an article that must be scrolled sideways, such as long signatures."""
+    found: list[str] = page.evaluate(
+        """() => {
+            const scrolls = e => ["auto", "scroll"].includes(
+                getComputedStyle(e).overflowX) && e.scrollWidth > e.clientWidth + 1
+            const all = [...document.querySelectorAll("article *")]
+            return all.filter(scrolls).map(e => e.textContent)
+        }"""
+    )
+    return [text[:200] for text in found]
+
+
 def images_without_text(page: Page) -> list[str]:
     return page.evaluate(
         """() => [...document.images].filter(e => !e.alt.trim()).map(e => e.outerHTML)
@@ -316,6 +329,8 @@ def test_pages(
     for name in site.pages:
         found = visit(context, f"{site.address}/{name}")
         problems += [f"{name}: {problem}" for problem in problems_of(found, site)]
+        if width == "desktop" and name.startswith("api/"):
+            problems += [f"{name}: scrolls: {x}" for x in scrolling(found.page)]
         picture = name.removesuffix(".html").replace("/", "-")
         for _ in range(2):
             scheme, _ = palette(found.page)
@@ -336,6 +351,13 @@ def test_search(site: Site, context: BrowserContext, width: str):
     with page.expect_navigation():
         link.click()
     assert WORDS.search(page.locator("article").inner_text())
+    assert problems == []
+
+
+def test_search_in_files(site: Site, context: BrowserContext):
+    """The site also works from a folder, without a server."""
+    page, problems = visit(context, (site.folder / "index.html").as_uri())
+    assert any(WORDS.search(text) for text in search_results(page, WORDS.pattern))
     assert problems == []
 
 
@@ -413,6 +435,14 @@ def test_good_page_has_no_problems(serve, context, tmp_path):
 def test_problems_are_found(content: str, problem: str, serve, context, tmp_path):
     problems = problems_of(*visit_html(GOOD % content, serve, context, tmp_path))
     assert problems and any(text.startswith(problem) for text in problems)
+
+
+def test_scrolling_is_seen(serve, context, tmp_path):
+    text = "<article><pre style='overflow: auto; width: 100px'>%s</pre></article>"
+    page, _ = visit_html(text % "short", serve, context, tmp_path)[0]
+    assert scrolling(page) == []
+    page, _ = visit_html(text % ("long " * 100), serve, context, tmp_path)[0]
+    assert len(scrolling(page)) == 1
 
 
 def test_a_toggle_that_does_nothing_is_seen(serve, context, tmp_path):
