@@ -46,6 +46,7 @@ from ._schedules import Beta3Schedule as Beta3Schedule
 from ._schedules import alpha_scheduler as alpha_scheduler
 from ._schedules import beta3_scheduler as beta3_scheduler
 from ._simplified import SimplifiedAdEMAMix as SimplifiedAdEMAMix
+from ._stall import stall_report as stall_report
 from ._state import AdEMAMixState as AdEMAMixState
 from ._state import SimplifiedAdEMAMixState as SimplifiedAdEMAMixState
 from ._state_sharding import sharding_report as sharding_report

@@ -105,14 +105,22 @@ def hyperparams(optim: AbstractOptimizer[Any], state: PyTree) -> AbstractHyperpa
         assert eqx_ademamix.hyperparams(optim, state).alpha == 0.0
         ```
     """
+    return public_part(resolved(optim, state)[2])
+
+
+def resolved(
+    optim: object, state: PyTree
+) -> tuple[AbstractMomentOptimizer[Any, Any], Any, Any]:
+    """The optimizer of this package inside of another one, its state inside of a tree,
+    and its hyperparameters as the next `update` will use them."""
     check_optimizer(optim)
-    optim, cls = _moment_optimizer(optim)
-    check_alive("optim", optim)
+    inner, cls = _moment_optimizer(optim)
+    check_alive("optim", inner)
     found = find(state, lambda x: isinstance(x, cls), of(cls), name="state")
     for outer in _injections(state, cls):
-        optim = _as_injected(optim, outer)
-    check_weights(found, optim.weights)
-    return public_part(optim.resolve(found))
+        inner = _as_injected(inner, outer)
+    check_weights(found, inner.weights)
+    return inner, found, inner.resolve(found)
 
 
 @no_type_check

@@ -312,8 +312,8 @@ def _leaf_step(
     kept = [x.dtype for x in old if x is not None]
     whole, largest = cast(g, real), largest_gradient(*kept)
     g = clip_magnitude(whole, largest)
-    averages = rule.averages(g, _decoded(old, real), h)
-    averages, stored = _stored(averages, old, names, key, _bounds(rule, g, old, h))
+    averages = rule.averages(g, as_arrays(old, real), h)
+    averages, stored = _stored(averages, old, names, key, bounds_of(rule, g, old, h))
     # If the averages and the direction shared one clipped gradient, XLA on CPUs would
     # materialize it. Where it is infinite, the averages are, too.
     u = saturated(rule.direction(clamped(whole, largest), averages, h))
@@ -338,12 +338,12 @@ def _rate(
     return saturated(learning_rate * scale)
 
 
-def _decoded(old: Moments[Stored], real: DType) -> Moments[Array]:
+def as_arrays(old: Moments[Stored], real: DType) -> Moments[Array]:
     m1 = None if old.m1 is None else cast(decode(old.m1), real)
     return Moments(m1, cast(decode(old.m2), real), cast(decode(old.nu), real))
 
 
-def _bounds(
+def bounds_of(
     rule: Rule, g: Array, old: Moments[Stored], h: AbstractHyperparams
 ) -> list[Bounds | None]:
     """Bounds of the new moments, for the codecs that take them: the rule itself,

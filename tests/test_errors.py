@@ -1250,6 +1250,22 @@ CASES = (
         lambda: eqx_ademamix.state_report(MODEL),
         "`state` has no states of AdEMAMix, but one was expected. Found in it: MLP",
     ),
+    (
+        "a stall report of a chain",
+        lambda: eqx_ademamix.stall_report(optax.chain(ADAM), STATE, GRADS),
+        "`optim` is .*, but an optimizer of this package was expected",
+    ),
+    (
+        "a stall report of another model",
+        lambda: eqx_ademamix.stall_report(OPTIM, STATE, put(GRADS, W0, jnp.ones(3))),
+        r"grads\.layers\[0\]\.weight " + SHAPE.format("3,", "4, 3"),
+    ),
+    (
+        "a stall report under jit",
+        lambda: eqx.filter_jit(eqx_ademamix.stall_report)(OPTIM, STATE, GRADS),
+        r"^`stall_report` returns Python numbers, but its arguments are traced\. Call it "
+        r"outside of `jit`\.",
+    ),
     # Many devices
     (
         "an axis that the mesh does not have",
