@@ -179,7 +179,7 @@ def expected_m2_stall(codec: AbstractCodec, b3: float) -> float:
     return stalled["m2"]
 
 
-def _by_name(names: Moments[str], row: Fractions) -> dict[str, float]:
+def _by_name(names: Moments[str], row: Sequence[Any]) -> dict[str, float]:
     pairs = zip(names, row, strict=True)
     return {str(name): float(x) for name, x in pairs if x is not None}
 
