@@ -197,18 +197,30 @@ def _fractions(
     scalars: Callable[[DType], AbstractHyperparams],
 ) -> Fractions:
     is_in_host = any_in_host(leaf.moments)
-    m1, m2, nu = to_device(leaf.moments) if is_in_host else leaf.moments
-    h = scalars(compute_dtype(*(x.dtype for x in (leaf.grad, m2, nu) if x is not None)))
+    old = to_device(leaf.moments) if is_in_host else leaf.moments
+    g, (m1, m2, nu) = leaf.grad, old
+    h = scalars(compute_dtype(*(x.dtype for x in (g, m2, nu) if x is not None)))
     key = count, path_words(jtu.keystr(leaf.path))
-    is_random = tuple(map(_rounds_at_random, (m1, m2, nu)))
-    found = _leaf_stalls(rule, names, is_random, leaf.grad, m2, nu, m1, h, key)
+    is_random = tuple(map(_rounds_at_random, old))
+    # What is stored is the result of a program, and read back by another one. Within
+    # one, XLA may leave out a conversion to bfloat16 and back.
+    after, stored = _leaf_trials(rule, names, is_random, g, m2, nu, m1, h, key)
+    fractions = tuple(
+        None if x is None else _fraction(random, x, y, trials)
+        for random, x, y, trials in zip(is_random, old, after, stored, strict=True)
+    )
     # One leaf after the other, since the device may lack room for the moments of all.
-    return jax.block_until_ready(found) if is_in_host else found
+    return jax.block_until_ready(fractions) if is_in_host else fractions
+
+
+# With four random numbers, an entry that moves with a probability of at least 7/8 stays
+# where it is in all of them with a probability of at most 1/4096.
+_TRIALS = 4
 
 
 @ft.partial(jax.jit, static_argnums=(0, 1, 2))
 @jaxtyped(typechecker=beartype)
-def _leaf_stalls(
+def _leaf_trials(
     rule: Rule,
     names: Moments[str],
     is_random: tuple[bool, ...],
@@ -218,78 +230,74 @@ def _leaf_stalls(
     m1: Inexact[Array | Encoded, "*leaf"] | None,
     h: AbstractHyperparams,
     key: Key,
-) -> Fractions:
-    """The fractions of one leaf, from the averages that `update` would store."""
+) -> tuple[Moments[Array], list[list[Stored]]]:
+    """The moments of a step on one leaf, and what `update` would store of them. For a
+    random rounding, trials that show whether an entry can move."""
     old, real = Moments(m1, m2, nu), h.learning_rate.dtype
     kept = [x.dtype for x in old if x is not None]
     g = clip_magnitude(cast(g, real), largest_gradient(*kept))
     before, bounds = as_arrays(old, real), bounds_of(rule, g, old, h)
     after, seed = rule.averages(g, before, h), seed_at(*key)
     seeds = [seed + np.uint32(text_hash(str(name))) for name in names]
-    return tuple(
-        None
-        if x is None or y is None or stored is None
-        else _mean(_stalls(x, y, stored, *rest))
-        for x, y, stored, *rest in zip(
+    return after, [
+        [] if x is None or y is None or like is None else _trials(x, y, like, *rest)
+        for x, y, like, *rest in zip(
             before, after, old, seeds, bounds, is_random, strict=True
         )
-    )
+    ]
 
 
-# With four random numbers, an entry that moves with a probability of at least 7/8 stays
-# where it is in all of them with a probability of at most 1/4096.
-_TRIALS = 4
-
-
-def _stalls(
-    before: Array,
-    after: Array,
-    stored: Stored,
-    seed: UInt32[Array, ""],
-    bound: Bounds | None,
-    is_random: bool,
-) -> Bool[Array, "..."]:
-    """Which entries storing `after` does not change in the mean, although it should."""
-    likes = _parts(stored)
-    parts = zip(_components(before), _components(after), likes, strict=True)
-    kept = [_are_kept(x, y, like, seed, bound, is_random) for x, y, like in parts]
-    is_idle = (before == 0) & (after == 0)
-    return ft.reduce(jnp.logical_and, kept) & ~is_idle
-
-
-def _parts(stored: Stored) -> Sequence[Stored]:
-    """How the real and the imaginary part of a complex moment are stored."""
-    if not isinstance(stored, Encoded):
-        return _components(stored)
-    parts = (stored.real,) if stored.imag is None else (stored.real, stored.imag)
-    return [Encoded(stored.codec, part, None) for part in parts]
-
-
-def _components(x: Array) -> list[Array]:
-    return [x.real, x.imag] if jnp.iscomplexobj(x) else [x]
-
-
-def _are_kept(
+def _trials(
     before: Array,
     after: Array,
     like: Stored,
     seed: UInt32[Array, ""],
     bound: Bounds | None,
     is_random: bool,
-) -> Bool[Array, "..."]:
-    """Which entries of a real moment storing `after` does not change in the mean."""
-    read_back = lambda x, seed: cast(decode(store(x, like, seed, bound)[1]), x.dtype)
+) -> list[Stored]:
     if not is_random:
-        return read_back(after, seed) == before
-    # The mean of random rounding is exact between the smallest and the largest number.
-    # So an entry is kept if a change of several numbers leaves it where it is (or, in
-    # all trials, one of at least seven eighths of a number), and one of 0 never is.
-    far = jnp.where(jnp.abs(after) > jnp.abs(before), 8 * before, before / 8)
-    trial = lambda i, kept: (
-        kept & (read_back(far, seed + i.astype(np.uint32)) == before)
-    )
-    is_out_of_range = lax.fori_loop(0, _TRIALS, trial, before != 0)
-    return is_out_of_range | (after == before)
+        return [store(after, like, seed, bound)[1]]
+    far, seeds = _far(before, after), [seed + np.uint32(i) for i in range(_TRIALS)]
+    return [store(far, like, seed, bound)[1] for seed in seeds]
+
+
+def _far(before: Array, after: Array) -> Array:
+    """A moment that is several numbers away from what it was, in the direction in which
+    the step would move it; for the smallest number, seven eighths of it."""
+    if jnp.iscomplexobj(before):
+        return lax.complex(_far(before.real, after.real), _far(before.imag, after.imag))
+    return jnp.where(jnp.abs(after) > jnp.abs(before), 8 * before, before / 8)
+
+
+@ft.partial(jax.jit, static_argnums=0)
+def _fraction(
+    is_random: bool, stored: Stored, after: Array, trials: list[Stored]
+) -> Float[Array, ""]:
+    """The fraction of entries that a step does not change in the mean, although it
+    should."""
+    read_back = lambda x: cast(decode(x), compute_dtype(after.dtype))
+    before = read_back(stored)
+    parts = [_components(x) for x in (before, after, *map(read_back, trials))]
+    kept = [_are_kept(is_random, *part) for part in zip(*parts, strict=True)]
+    is_idle = (before == 0) & (after == 0)
+    return _mean(ft.reduce(jnp.logical_and, kept) & ~is_idle)
+
+
+def _components(x: Array) -> list[Array]:
+    """The real and the imaginary part of a complex array; a real one as it is."""
+    return [x.real, x.imag] if jnp.iscomplexobj(x) else [x]
+
+
+def _are_kept(
+    is_random: bool, before: Array, after: Array, *trials: Array
+) -> Bool[Array, "..."]:
+    """Which entries of a real moment a step does not change in the mean."""
+    are_equal = ft.reduce(jnp.logical_and, [x == before for x in trials])
+    if not is_random:
+        return are_equal
+    # The mean of random rounding is exact between the smallest and the largest number,
+    # so an entry is out of this range if no trial moves it. Zero always can move.
+    return (are_equal & (before != 0)) | (after == before)
 
 
 def _mean(flags: Bool[Array, "..."]) -> Float[Array, ""]:
