@@ -48,6 +48,7 @@ from ._schedules import beta3_scheduler as beta3_scheduler
 from ._simplified import SimplifiedAdEMAMix as SimplifiedAdEMAMix
 from ._stall import stall_report as stall_report
 from ._state import AdEMAMixState as AdEMAMixState
+from ._state import CompensatedState as CompensatedState
 from ._state import SimplifiedAdEMAMixState as SimplifiedAdEMAMixState
 from ._state_sharding import sharding_report as sharding_report
 from ._state_sharding import state_sharding as state_sharding
@@ -60,5 +61,4 @@ from ._storage.scaled import ScaledFloat16 as ScaledFloat16
 from ._storage.split import SplitBfloat16 as SplitBfloat16
 from ._version import __version__ as __version__
 from ._wrappers.compensated import Compensated as Compensated
-from ._wrappers.compensated import CompensatedState as CompensatedState
 from ._wrappers.offloaded import Offloaded as Offloaded

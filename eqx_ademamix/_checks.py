@@ -404,12 +404,15 @@ def _check_leaf(where: str, leaf: Node, other: str, moment: Node) -> None:
         raise ValueError(
             f"{where} is None, but {other} has {describe(moment)} there. Every leaf "
             "that was trained when `init` was called needs an array: was it filtered "
-            "out, or has `trainable` changed since then?"
+            "out, or has `trainable` changed since then? To freeze leaves, make the "
+            "optimizer with `trainable=filter_spec` before `init`."
         )
     if moment is None and is_array:
         raise ValueError(
             f"{where} is trained ({describe(leaf)}), but {other} has no moment there. "
-            "Was `init` called with another model, or with another `trainable`?"
+            "Was `init` called with another model, or with another `trainable`? To "
+            "freeze leaves, make the optimizer with `trainable=filter_spec`, and pass "
+            "the whole model to `init` and `update`."
         )
     if not (is_array and is_leaf(moment)):
         found, expected = contrast(leaf, moment)

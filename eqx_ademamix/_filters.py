@@ -1,7 +1,7 @@
 """Filter specs, and the leaves that they select."""
 
-from collections.abc import Iterator
-from typing import NamedTuple, TypeAlias
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeAlias
 
 import equinox as eqx
 import jax
@@ -59,7 +59,7 @@ def by_leaf(spec: PyTree, arrays: Leaves, name: str, kind: str) -> list[Node]:
     A prefix tree may have anything at places without arrays, so it can be shaped either
     like the whole model or like the filtered model.
     """
-    if is_leaf(spec):
+    if is_leaf(spec) and not callable(spec):
         return [spec] * len(arrays.values)
     if structure(spec) == arrays.treedef:
         return [leaf for _, leaf in leaves_with_path(spec)]
@@ -70,6 +70,7 @@ def _by_node(
     spec: PyTree, arrays: PyTree, name: str, kind: str, path: Path = ()
 ) -> Iterator[Node]:
     if is_leaf(spec) or not jtu.tree_leaves(arrays):
+        _check_is_for_leaves(spec, arrays, name, path)
         yield from [spec] * len(leaves_with_path(arrays))
         return
     (specs, spec_def), (subtrees, treedef) = children(spec), children(arrays)
@@ -81,6 +82,36 @@ def _by_node(
         )
     for (_, child), (key, subtree) in zip(specs, subtrees, strict=True):
         yield from _by_node(child, subtree, name, kind, path + key)
+
+
+def _check_is_for_leaves(spec: Node, arrays: PyTree, name: str, path: Path) -> None:
+    """Refuses a mask of optax, which is called on a whole tree. On one array, its paths
+    are empty, so it would choose by other rules, without an error."""
+    if not callable(spec) or is_leaf(arrays) or not _is_for_trees(spec, arrays):
+        return
+    or_else = "" if name == "trainable" else ", or use `decay_mask(model)`"
+    raise TypeError(
+        f"{name}{path_text(path)} is {describe(spec)}, which returns a tree of bools, "
+        "as a mask of optax does, but a callable gets one array at a time here: pass "
+        "the tree `mask(params)` instead, with `params = eqx.filter(model, "
+        f"eqx.is_inexact_array)`{or_else}."
+    )
+
+
+def _is_for_trees(spec: Callable[[PyTree], Any], arrays: PyTree) -> bool:
+    """Whether a callable turns a tree into a tree of bools. One that is written for an
+    array returns a single bool, or raises an error: a tree has no `ndim`."""
+    try:
+        found = spec(arrays)
+    except Exception:
+        return False
+    flags = jtu.tree_leaves(found)
+    return not is_leaf(found) and bool(flags) and all(map(_is_flag, flags))
+
+
+def _is_flag(x: Node) -> bool:
+    is_array = isinstance(x, (jax.Array, np.ndarray))
+    return isinstance(x, (bool, np.bool_)) or (is_array and x.dtype == bool)
 
 
 def _as_bool(spec: Node, array: Array | Struct, name: str, path: Path) -> bool:

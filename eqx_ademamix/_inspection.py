@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn, TypeVar, overload
+from typing import Any, NamedTuple, NoReturn, TypeVar, overload
 
 import equinox as eqx
 import jax
@@ -36,7 +36,7 @@ from ._paths import (
     table,
 )
 from ._sharding import spec_of, spec_text
-from ._state import AbstractMomentState, S
+from ._state import AbstractMomentState, CompensatedState, S
 from ._step import AbstractMomentOptimizer
 from ._storage.codec import (
     Encoded,
@@ -46,7 +46,6 @@ from ._storage.codec import (
     holds_blocks,
     is_encoded,
 )
-from ._storage.format import Moments
 from ._typing import no_type_check
 
 
@@ -189,8 +188,12 @@ def state_bytes(state: PyTree[Any]) -> int:
         assert eqx_ademamix.state_bytes(state) < 4.1 * params.size
         ```
     """
-    arrays = (x for x in jtu.tree_leaves(state) if hasattr(x, "dtype"))
+    arrays = filter(_is_sized, jtu.tree_leaves(state))
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)
+
+
+def _is_sized(x: Node) -> bool:
+    return hasattr(x, "dtype")
 
 
 @no_type_check
@@ -206,7 +209,8 @@ def state_report(state: PyTree[Any]) -> str:
     **Returns:**
 
     Text for a person to read. For each trained array, a line has its path, its shape,
-    how each moment is stored, and the bytes per parameter of all moments. `(host)`
+    how each moment is stored, and the bytes per parameter of all moments. Inside an
+    [`eqx_ademamix.Compensated`][], the remainders count, too. `(host)`
     marks a moment that [`eqx_ademamix.Offloaded`][] keeps in host memory. If the state
     is on several devices, the text also has the bytes on each device, the sharding of
     each moment, and whether blocks of a codec span devices, which then exchange scales
@@ -236,23 +240,24 @@ def state_report(state: PyTree[Any]) -> str:
           ['weight']  (64, 256)  ScaledFloat8  ScaledFloat16  ScaledFloat8   4.05
         ```
     """
-    total, state = state_bytes(state), only(state, is_moment_state, "of AdEMAMix")
-    shown = [i for i, name in enumerate(state.names) if name is not None]
-    places = _places(state.moments)
-    rows = [_row(path, moments, shown) for path, moments in places]
-    head = ("path", "shape", *(str(state.names[i]) for i in shown), "bytes")
-    columns = [*zip(head, *rows, strict=True)]
+    inner = only(state, is_moment_state, "of AdEMAMix")
+    kept, arrays = _kept(state, inner), eqx.filter(state, _is_sized)
+    places = _places(inner.moments.m2, kept)
+    rows = [_row(place) for place in places]
+    columns = [*zip(("path", "shape", *kept, "bytes"), *rows, strict=True)]
     columns[-1] = _to_the_right(columns[-1])
-    if _devices(state) > 1:
-        columns.append(("sharding", *(_shardings(moments) for _, moments in places)))
-        columns.append(("note", *(_note(moments) for _, moments in places)))
-    size = sum(math.prod(moments.m2.shape) for _, moments in places)
+    if _devices(arrays) > 1:
+        columns.append(("sharding", *map(_shardings, places)))
+        columns.append(("note", *map(_note, places)))
+    size = sum(math.prod(place.shape) for place in places)
     lines = [line.rstrip() for line in table([*zip(*columns, strict=True)])]
-    return "\n".join([_summary(total, size, state), "", *lines])
+    return "\n".join([_summary(arrays, size), "", *lines])
 
 
-def _summary(total: int, size: int, state: AbstractMomentState[Any]) -> str:
-    """The first line of a report, about `total` bytes for `size` parameters."""
+def _summary(state: PyTree, size: int) -> str:
+    """The first line of a report, about the arrays of a state for `size`
+    parameters."""
+    total = state_bytes(state)
     facts = [f"The state takes {total:,} bytes"]
     if size:
         facts.append(f"{total / size:.2f} per parameter")
@@ -266,23 +271,44 @@ def _summary(total: int, size: int, state: AbstractMomentState[Any]) -> str:
     return f"{', '.join(facts)}."
 
 
-def _places(moments: Moments[PyTree]) -> list[tuple[Path, Moments[Stored]]]:
-    """The moments of each trained leaf, with its path."""
-    m2, nu = leaves_with_path(moments.m2), leaves_with_path(moments.nu)
-    m1 = dict(leaves_with_path(moments.m1))
-    places = [
-        (path, Moments(m1.get(path), x, y))
-        for (path, x), (_, y) in zip(m2, nu, strict=True)
+class _Place(NamedTuple):
+    """A trained parameter, and what the state keeps for it, in the order of the
+    report's columns."""
+
+    path: Path
+    shape: tuple[int, ...]
+    kept: list[Stored | None]
+
+
+def _kept(tree: PyTree, state: AbstractMomentState[Any]) -> dict[str, PyTree]:
+    """What a state keeps for each parameter, by name: its moments, and the remainder of
+    a `Compensated` around it."""
+    pairs = zip(state.names, state.moments, strict=True)
+    kept = {name: moments for name, moments in pairs if name is not None}
+    for outer in states_in(tree, _is_compensated):
+        if states_in(outer, is_moment_state):
+            kept["remainder"] = outer.remainder
+    return kept
+
+
+def _is_compensated(x: Node) -> bool:
+    return isinstance(x, CompensatedState)
+
+
+def _places(m2: PyTree, kept: dict[str, PyTree]) -> list[_Place]:
+    by_path = [dict(leaves_with_path(tree)) for tree in kept.values()]
+    return [
+        _Place(path, x.shape, [leaves.get(path) for leaves in by_path])
+        for path, x in leaves_with_path(m2)
+        if x is not None
     ]
-    return [place for place in places if place[1].m2 is not None]
 
 
-def _row(path: Path, moments: Moments[Stored], shown: list[int]) -> tuple[str, ...]:
-    shape = moments.m2.shape
-    size, total = math.prod(shape), state_bytes(moments)
+def _row(place: _Place) -> tuple[str, ...]:
+    size, total = math.prod(place.shape), state_bytes(place.kept)
     each = f"{total / size:.2f}" if size else "-"
-    kinds = (_kind(moments[i]) for i in shown)
-    return (full_path_text(path), str(shape), *kinds, each)
+    kinds = map(_kind, place.kept)
+    return (full_path_text(place.path), str(place.shape), *kinds, each)
 
 
 def _kind(moment: Stored | Struct | None) -> str:
@@ -304,7 +330,7 @@ def _devices(state: PyTree) -> int:
     return max((len(s.device_set) for s in found if s is not None), default=1)
 
 
-def _sharding(x: Stored | Struct | None) -> Sharding | None:
+def _sharding(x: Node) -> Sharding | None:
     """The sharding of an array, or of a moment's codes."""
     array = x.real[0] if isinstance(x, Encoded) and x.real else x
     return None if isinstance(x, Tracer) else getattr(array, "sharding", None)
@@ -319,10 +345,10 @@ def _bytes_per_device(state: PyTree) -> int:
     return sum(math.prod(shape) * size for shape, size in shards)
 
 
-def _shardings(moments: Moments[Stored]) -> str:
-    """The sharding of the moments of one leaf: one text if they agree."""
-    found = [_sharding(x) for x in moments if x is not None]
-    ndim = len(moments.m2.shape)
+def _shardings(place: _Place) -> str:
+    """The sharding of what is kept for one parameter: one text if all agree."""
+    found = [_sharding(x) for x in place.kept if x is not None]
+    ndim = len(place.shape)
     texts = [
         spec_text(spec_of(s, ndim)) if isinstance(s, NamedSharding) else "one device"
         for s in found
@@ -330,8 +356,8 @@ def _shardings(moments: Moments[Stored]) -> str:
     return ", ".join(dict.fromkeys(texts))
 
 
-def _note(moments: Moments[Stored]) -> str:
-    return "" if all(map(_has_whole_blocks, moments)) else BLOCKS_SPAN_DEVICES
+def _note(place: _Place) -> str:
+    return "" if all(map(_has_whole_blocks, place.kept)) else BLOCKS_SPAN_DEVICES
 
 
 def _has_whole_blocks(x: Stored | None) -> bool:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Generic, TypeAlias, TypeVar
 import equinox as eqx
 import jax.numpy as jnp
 from beartype import beartype
-from jaxtyping import Array, Float, Inexact, Int32, PyTree, jaxtyped
+from jaxtyping import Array, Float, Inexact, Int, Int32, PyTree, UInt32, jaxtyped
 
 from ._hyperparams import H, Hyperparams, SimplifiedHyperparams
 from ._paths import Node, flatten
@@ -198,6 +198,29 @@ class SimplifiedAdEMAMixState(AbstractMomentState[SimplifiedHyperparams]):
     ) -> "SimplifiedAdEMAMixState":
         count, num = next_count(self.count), h._num.astype(self.num.dtype)
         return SimplifiedAdEMAMixState(count, num, moments.m2, moments.nu)
+
+
+class CompensatedState(eqx.Module):
+    """The state of [`eqx_ademamix.Compensated`][].
+
+    **Attributes:**
+
+    - `inner_state`: the state of the wrapped optimizer.
+    - `remainder`: what separates the 16-bit parameters from the wanted ones, in steps
+        that depend on the parameters: int16 or int8 arrays shaped like the 16-bit
+        parameters that are trained, `None` at all other leaves.
+    - `count`: the number of steps taken, an int32 scalar. The random rounding of the
+        remainders depends on it.
+    - `fingerprint`: with `check_params`, a hash of the 16-bit parameters after the last
+        step, a uint32 scalar; 0 before the first step. Otherwise `None`.
+    - `dtypes`: the names of the 16-bit types that the remainders belong to, in order.
+    """
+
+    inner_state: PyTree
+    remainder: PyTree[Int[Array, "..."] | None]
+    count: Int32[Array, ""]
+    fingerprint: UInt32[Array, ""] | None
+    dtypes: tuple[str, ...] = eqx.field(static=True)
 
 
 def next_count(count: Int32[Array, ""]) -> Int32[Array, ""]:

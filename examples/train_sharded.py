@@ -41,7 +41,8 @@ class Config(TextConfig):
     """What is split over the devices: the parameters and the optimizer state with
     `fsdp`, only the optimizer state with `zero1`."""
     compact: bool = False
-    """Use the state format with four bytes per parameter instead of twelve."""
+    """Use four bytes of state per parameter instead of twelve. (Arrays of fewer than
+    4096 entries keep twelve.)"""
 
     devices: int | None = None
     """Use this many CPU devices in each process, all on the cores of one machine.

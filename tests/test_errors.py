@@ -54,6 +54,9 @@ NORM, OTHER_NORM = (eqx.nn.LayerNorm(3, eps=eps) for eps in (1e-5, 1e-3))
 
 W0 = lambda tree: tree.layers[0].weight
 B2 = lambda tree: tree.layers[2].bias
+LAST_LAYER = eqx.tree_at(
+    lambda m: m.layers[2], jax.tree.map(lambda _: False, MODEL), True
+)
 is_none = lambda x: x is None
 
 SIMPLIFIED = SimplifiedAdEMAMix(1e-3)
@@ -171,6 +174,11 @@ def make(*args: Any, **kwargs: Any) -> Any:
 
 def masked(mask: Any, params: Any = MODEL) -> Any:
     return lambda: init(AdEMAMix(1e-3, weight_decay_mask=mask), params)
+
+
+def mask_of_optax(params: Any) -> Any:
+    is_bias = lambda path, x: path[-1:] == (jtu.GetAttrKey("bias"),)
+    return jtu.tree_map_with_path(is_bias, params)
 
 
 def scaled(scales: Any, params: Any = MODEL) -> Any:
@@ -326,6 +334,11 @@ CASES = (
         grads(W0, None),
         r"grads\.layers\[0\]\.weight is None, "
         r"but the optimizer state has a float32 array of shape \(4, 3\) there",
+    ),
+    (
+        "of a part of the model",
+        lambda: update(OPTIM, eqx.partition(GRADS, LAST_LAYER)[0], STATE, MODEL),
+        r"grads\.layers\[0\]\.weight is None.*optimizer with `trainable=filter_spec` before",
     ),
     (
         "a whole layer None",
@@ -750,6 +763,33 @@ CASES = (
         r"weight_decay_mask\.layers\[0\]\.weight is a float32 array of shape \(4, 3\), but a bool",
     ),
     (
+        "a mask of optax",
+        masked(mask_of_optax),
+        "weight_decay_mask is the function `mask_of_optax`, which returns a tree of "
+        r"bools.*: pass the tree `mask\(params\)` instead, with `params = "
+        r"eqx.filter\(model, eqx.is_inexact_array\)`, or use `decay_mask\(model\)`\.$",
+    ),
+    (
+        "a mask of optax for a part",
+        masked({"a": mask_of_optax, "b": True}, {"a": MODEL, "b": jnp.ones(2)}),
+        r"weight_decay_mask\['a'\] is the function `mask_of_optax`, which returns a tree",
+    ),
+    (
+        "`decay_mask` itself",
+        masked(decay_mask),
+        "weight_decay_mask is the function `decay_mask`, which returns a tree of bools",
+    ),
+    (
+        "a mask of optax as `trainable`",
+        frozen(mask_of_optax),
+        "trainable is the function `mask_of_optax`.*eqx.is_inexact_array\\)`\\.$",
+    ),
+    (
+        "a mask of optax in a report",
+        lambda: eqx_ademamix.decay_report(MODEL, mask_of_optax),
+        "mask is the function `mask_of_optax`, which returns a tree of bools",
+    ),
+    (
         "wrong structure in update",
         lambda: update(
             AdEMAMix(1, weight_decay=0.1, weight_decay_mask=[True]), GRADS, STATE, MODEL
@@ -891,7 +931,7 @@ CASES = (
             OPTIM, GRADS, init(AdEMAMix(1, trainable=lambda x: x.ndim > 1), MODEL)
         ),
         r"grads\.layers\[0\]\.bias is trained \(a float32 array of shape \(4,\)\), "
-        r"but the optimizer state has no moment there",
+        r"but the optimizer state has no moment there.*`trainable=filter_spec`, and pass",
     ),
     (
         "unfrozen since, params",

@@ -18,6 +18,7 @@ from eqx_ademamix import (
     AbstractCodec,
     AdEMAMix,
     AdEMAMixState,
+    Compensated,
     Dense,
     Encoded,
     ScaledFloat8,
@@ -184,6 +185,52 @@ def test_report():
     assert report == example
     empty = AdEMAMix(1e-3).init({})
     assert state_report(empty).startswith("The state takes 8 bytes.")
+
+
+MIXED = {
+    "bias": jnp.zeros(256, jnp.bfloat16),
+    "norm": jnp.zeros(256),
+    "weight": jnp.zeros((64, 256), jnp.bfloat16),
+}
+
+
+def test_report_with_remainders():
+    """Rows and header count the remainders of `Compensated`."""
+    optim = Compensated(AdEMAMix(1e-3, state_format=StateFormat.compact()))
+    report = textwrap.dedent("""\
+        The state takes 105,740 bytes, 6.26 per parameter.
+
+          path        shape      m1            m2             nu            remainder  bytes
+          ['bias']    (256,)     float32       float32        float32       int16      14.00
+          ['norm']    (256,)     float32       float32        float32       none       12.00
+          ['weight']  (64, 256)  ScaledFloat8  ScaledFloat16  ScaledFloat8  int16       6.05
+    """)  # noqa: E501
+    state = eqx_ademamix.init(optim, MIXED)
+    assert state_report(state) == report.rstrip()
+    shapes = eqx.filter_eval_shape(optim.init, MIXED)
+    assert state_report(shapes) == report.rstrip()
+
+
+@pytest.mark.parametrize("bits", (8, 16))
+@pytest.mark.parametrize(
+    "wrap",
+    (
+        lambda optim: optim,
+        lambda optim: optax.chain(optax.clip_by_global_norm(1.0), optim),
+        lambda optim: optax.apply_if_finite(optim, 5),
+    ),
+    ids=("alone", "chain", "apply_if_finite"),
+)
+@pytest.mark.parametrize("inner", (AdEMAMix, SimplifiedAdEMAMix))
+def test_rows_add_up_to_the_header(inner: Any, wrap: Any, bits: int):
+    state = eqx_ademamix.init(wrap(Compensated(inner(1e-3), bits)), MIXED)
+    first, _, head, *rows = state_report(state).splitlines()
+    assert head.split()[-2:] == ["remainder", "bytes"]
+    sizes = [x.size for x in MIXED.values()]
+    total = sum(n * float(row.split()[-1]) for n, row in zip(sizes, rows, strict=True))
+    scalars = [x for x in jax.tree.leaves(state) if x.shape == ()]
+    assert total == state_bytes(state) - state_bytes(scalars)
+    assert first.startswith(f"The state takes {state_bytes(state):,} bytes")
 
 
 @pytest.mark.parametrize("tree", ({}, (1, 2), "two"))

@@ -294,8 +294,10 @@ def test_a_callable_sees_only_trained_arrays(getkey: Any):
 
     optim = AdEMAMix(0.1, weight_decay=0.5, trainable=spec)
     state = eqx_ademamix.init(optim, model)
-    assert all(eqx.is_inexact_array(x) for x in seen)
-    assert len(seen) == len(jtu.tree_leaves(eqx.filter(model, eqx.is_inexact_array)))
+    whole, *leaves = seen  # the tree as a whole: is it a mask as optax has them?
+    arrays = eqx.filter(model, eqx.is_inexact_array)
+    assert eqx.tree_equal(whole, arrays)
+    assert eqx.tree_equal(leaves, jtu.tree_leaves(arrays))
     assert all(x.ndim >= 2 for x in jtu.tree_leaves(state.m2))
 
     seen_by_mask = []
@@ -306,7 +308,9 @@ def test_a_callable_sees_only_trained_arrays(getkey: Any):
 
     optim = AdEMAMix(0.1, weight_decay=0.5, trainable=spec, weight_decay_mask=mask)
     eqx_ademamix.init(optim, model)
-    assert seen_by_mask and all(x.ndim >= 2 for x in seen_by_mask)
+    whole, *leaves = seen_by_mask
+    assert leaves and all(x.ndim >= 2 for x in leaves)
+    assert eqx.tree_equal(leaves, jtu.tree_leaves(whole))
 
 
 def test_what_only_looks_stacked(getkey: Any):
@@ -341,3 +345,107 @@ def test_what_only_looks_stacked(getkey: Any):
 def test_bad_arguments(kwargs: Any, text: str):
     with pytest.raises((ValueError, TypeError), match=text):
         decay_mask(make_mlp(), **kwargs)
+
+
+#
+# A callable is for one array. optax's masks are for a tree.
+#
+
+
+def without_biases(params: Any) -> Any:
+    """A mask as optax takes it, which reads the paths."""
+    is_bias = lambda path, x: "bias" not in jtu.keystr(path)
+    return jtu.tree_map_with_path(is_bias, params)
+
+
+PER_ARRAY = (
+    lambda x: True,
+    lambda x: x.ndim >= 2,
+    lambda x: hasattr(x, "ndim") and x.ndim >= 2,
+    lambda x: np.bool_(np.ndim(x) >= 2),
+    eqx.is_array,
+    eqx.is_inexact_array_like,
+)
+
+
+@pytest.mark.parametrize("spec", PER_ARRAY)
+def test_a_callable_for_one_array(spec: Any):
+    """Whatever it says about a whole tree, it decides array by array."""
+    model = {"mlp": make_mlp(), "v": jnp.ones(3), "n": 3}
+    arrays = eqx.filter(model, eqx.is_inexact_array)
+    expected = jax.tree.map(lambda x: bool(spec(x)), arrays)
+    for name in ("weight_decay_mask", "trainable"):
+        optim, like = (
+            AdEMAMix(1e-3, weight_decay=0.5, **{name: mask})
+            for mask in (spec, expected)
+        )
+        state = eqx_ademamix.init(optim, model)
+        assert tree_type(state) == tree_type(eqx_ademamix.init(like, model))
+        got, wanted = (
+            eqx_ademamix.update(o, arrays, state, model)[0] for o in (optim, like)
+        )
+        assert eqx.tree_equal(got, wanted)
+
+
+def test_a_callable_for_a_tree_of_one_array():
+    """A model that is an array has no paths, so both kinds of masks agree."""
+    optim = AdEMAMix(1e-3, weight_decay=0.5, weight_decay_mask=without_biases)
+    state = eqx_ademamix.init(optim, jnp.ones(3))
+    zero = jnp.zeros(3)
+    updates, _ = eqx_ademamix.update(optim, zero, state, jnp.ones(3))
+    assert np.allclose(updates, -0.5e-3, rtol=1e-6)
+
+
+TREES = (
+    make_mlp(),
+    {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)},
+    {"bias": jnp.ones(2)},
+    [jnp.ones(2), (jnp.ones(3, jnp.complex64), None)],
+)
+RETURNING_TREES = (
+    without_biases,
+    lambda params: jax.tree.map(lambda x: x.ndim > 1, params),
+    lambda params: jax.tree.map(lambda x: np.bool_(x.ndim > 1), params),
+    lambda params: jax.tree.map(lambda x: jnp.asarray(x.ndim > 1), params),
+    decay_mask,
+)
+
+
+@pytest.mark.parametrize("tree", TREES, ids=range(len(TREES)))
+@pytest.mark.parametrize("mask", RETURNING_TREES, ids=range(len(RETURNING_TREES)))
+@pytest.mark.parametrize("name", ("weight_decay_mask", "trainable"))
+def test_a_mask_of_optax_is_refused(tree: Any, mask: Any, name: str):
+    message = rf"^{name} is the function .* pass the tree `mask\(params\)` instead"
+    optim = AdEMAMix(1e-3, weight_decay=0.5, **{name: mask})
+    for call in (eqx_ademamix.init, eqx.filter_jit(eqx_ademamix.init)):
+        with pytest.raises(TypeError, match=message):
+            call(optim, tree)
+    with pytest.raises(TypeError, match=message):
+        eqx.filter_eval_shape(eqx_ademamix.init, optim, tree)
+
+
+def test_a_mask_of_optax_is_refused_in_update():
+    """Also for a state that another optimizer made, and for an ensemble."""
+    model = make_mlp()
+    grads = eqx.filter_grad(loss_of_arrays)(model)
+    state = eqx_ademamix.init(AdEMAMix(1e-3), model)
+    optim = AdEMAMix(1e-3, weight_decay=0.5, weight_decay_mask=without_biases)
+    with pytest.raises(TypeError, match="pass the tree"):
+        eqx_ademamix.update(optim, grads, state, model)
+    models = eqx.filter_vmap(lambda key: eqx.nn.Linear(2, 2, key=key))(
+        jax.random.split(jax.random.key(0), 3)
+    )
+    with pytest.raises(TypeError, match="pass the tree"):
+        eqx.filter_vmap(lambda model: eqx_ademamix.init(optim, model))(models)
+
+
+def test_an_optax_mask_moved_over():
+    """The tree that the mask returns, of the arrays or of the whole model."""
+    model = {"w": jnp.ones((2, 2)), "bias": jnp.ones(2), "n": 3}
+    params = eqx.filter(model, eqx.is_inexact_array)
+    zero = jax.tree.map(jnp.zeros_like, params)
+    for mask in (without_biases(params), without_biases(model), decay_mask(model)):
+        optim = AdEMAMix(1e-3, weight_decay=0.5, weight_decay_mask=mask)
+        state = eqx_ademamix.init(optim, model)
+        updates, _ = eqx_ademamix.update(optim, zero, state, model)
+        assert np.all(updates["w"] < 0) and np.all(updates["bias"] == 0)

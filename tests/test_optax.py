@@ -358,3 +358,37 @@ def test_reading_and_setting_inside_a_state():
     assert state[1].count_m2 == 7
     _, state = optim.update(jnp.ones(3), state, jnp.ones(3))
     assert state[1].count_m2 == 8
+
+
+#
+# What only a named tuple can do
+#
+
+
+@pytest.mark.parametrize("make", (as_class, lambda: SimplifiedAdEMAMix(RATE)))
+def test_a_module_is_not_a_named_tuple(make: Any):
+    """`docs/optax.md` names both cases, and what to use instead."""
+    optim = make()
+    assert not isinstance(optim, optax.GradientTransformation)
+    name = type(optim).__name__
+    with pytest.raises(TypeError, match=f"cannot unpack non-iterable {name} object"):
+        _init, _update = optim
+
+    wrapped = optax.GradientTransformationExtraArgs(optim.init, optim.update)
+    model = make_mlp()
+    grads = eqx.filter_grad(loss_fn)(model)
+    init, update = wrapped
+    updates, _ = update(grads, init(model), model)
+    expected, _ = optim.update(grads, optim.init(model), model)
+    assert eqx.tree_equal(updates, expected)
+
+
+@pytest.mark.parametrize(
+    "make", (as_function, lambda: eqx_ademamix.simplified_ademamix(RATE))
+)
+def test_the_functions_return_named_tuples(make: Any):
+    init, update = optim = make()
+    assert isinstance(optim, optax.GradientTransformation)
+    params = eqx.filter(make_mlp(), eqx.is_inexact_array)
+    updates, _ = update(params, init(params), params)
+    assert jtu.tree_structure(updates) == jtu.tree_structure(params)

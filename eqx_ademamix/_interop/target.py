@@ -15,8 +15,7 @@ from .._inspection import is_moment_state, kinds_in, of, states_in
 from .._optimizer import OptaxOptimizer, init
 from .._paths import Node, children, describe, is_leaf, shortened
 from .._sharding import in_sharding_of
-from .._state import AbstractMomentState
-from .._wrappers.compensated import CompensatedState
+from .._state import AbstractMomentState, CompensatedState
 from .adopt import copied, copies
 
 

@@ -53,8 +53,8 @@ class StateFormat(eqx.Module):
     In derivatives through an update, the rounding of a codec counts as the identity
     (straight-through, Bengio et al. 2013, arXiv:1308.3432). So the derivative is that
     of the rule, evaluated at the decoded moments, which is inaccurate where its terms
-    cancel: see [Low precision](../precision.md#derivatives-through-an-update). Derivatives
-    do not pass through a state that a codec stored.
+    cancel: see [Low precision](../precision.md#derivatives-through-an-update).
+    Derivatives do not pass through a state that a codec stored.
 
     A dtype is short for the codec [`eqx_ademamix.Dense`][]. float32 is a lower bound: a
     float64 parameter has float64 moments. A complex parameter has complex `m1` and
@@ -65,8 +65,9 @@ class StateFormat(eqx.Module):
 
     The other codecs are [`eqx_ademamix.ScaledFloat8`][],
     [`eqx_ademamix.ScaledFloat16`][], [`eqx_ademamix.SplitBfloat16`][], and your own
-    [`eqx_ademamix.AbstractCodec`][]. Arrays of fewer than `min_size` entries, which
-    hardly add to the total, stay float32, or the parameter's own wider type. These
+    [`eqx_ademamix.AbstractCodec`][]. Arrays of fewer than `min_size` entries stay
+    float32, or the parameter's own wider type: they hardly add to the total of a large
+    model. A small model may have no others, and keeps twelve bytes per parameter. These
     codecs round at random. That depends only on the counter, on the name of the moment
     and on the path of the leaf, so a run repeats bit for bit, and freezing or adding a
     layer changes no bit of another.

@@ -11,7 +11,7 @@ import jax.tree_util as jtu
 import numpy as np
 from beartype import beartype
 from jax import lax
-from jaxtyping import Array, Float, Int, Int32, PyTree, UInt32, jaxtyped
+from jaxtyping import Array, Float, Int, Int32, PyTree, jaxtyped
 
 from .._checks import (
     check_alive,
@@ -45,36 +45,13 @@ from .._paths import (
     path_text,
 )
 from .._sharding import in_sharding_of, scalars_beside, zeros_beside
-from .._state import ArrayTree, next_count
+from .._state import ArrayTree, CompensatedState, next_count
 from .._storage.codec import Struct
 from .._typing import no_type_check
 
 
 # pyright: reportUndefinedVariable=false
 _Remainders: TypeAlias = PyTree[Int[Array, "?*leaf"], "Params"]
-
-
-class CompensatedState(eqx.Module):
-    """The state of [`eqx_ademamix.Compensated`][].
-
-    **Attributes:**
-
-    - `inner_state`: the state of the wrapped optimizer.
-    - `remainder`: what separates the 16-bit parameters from the wanted ones, in steps
-        that depend on the parameters: int16 or int8 arrays shaped like the 16-bit
-        parameters that are trained, `None` at all other leaves.
-    - `count`: the number of steps taken, an int32 scalar. The random rounding of the
-        remainders depends on it.
-    - `fingerprint`: with `check_params`, a hash of the 16-bit parameters after the last
-        step, a uint32 scalar; 0 before the first step. Otherwise `None`.
-    - `dtypes`: the names of the 16-bit types that the remainders belong to, in order.
-    """
-
-    inner_state: PyTree
-    remainder: PyTree[Int[Array, "..."] | None]
-    count: Int32[Array, ""]
-    fingerprint: UInt32[Array, ""] | None
-    dtypes: tuple[str, ...] = eqx.field(static=True)
 
 
 class Compensated(AbstractOptimizer[CompensatedState]):
