@@ -24,7 +24,35 @@ def fields_of(optim: object) -> dict[str, str]:
     """A text for each field of an optimizer and of what is inside of it, by path. Two
     processes that build the same optimizer get the same texts, so no text has an
     address."""
-    return dict(_texts("", optim, ()))
+    return {path: _text(node) for path, node in _nodes("", optim, ())}
+
+
+def left_at_default(optim: object) -> set[str]:
+    """The paths of the fields that are as their class makes them by default. A file
+    that is older than such a field does not mention it, and was saved without its
+    effect."""
+    return {
+        f"{path}.{name}{rest}"
+        for path, node in _nodes("", optim, ())
+        if dataclasses.is_dataclass(node) and not isinstance(node, type)
+        for name, default in _defaults(type(node)).items()
+        for rest in _same_fields(getattr(node, name), default)
+    }
+
+
+def _defaults(cls: type) -> dict[str, object]:
+    """The defaults of the arguments that have the names of fields."""
+    names = {field.name for field in dataclasses.fields(cls)}
+    given = inspect.signature(cls.__init__).parameters.values()
+    return {
+        x.name: x.default for x in given if x.name in names and x.default is not x.empty
+    }
+
+
+def _same_fields(value: Node, default: Node) -> dict[str, str]:
+    """The fields of a value, if they are those of a default."""
+    fields = fields_of(value)
+    return fields if fields == fields_of(default) else {}
 
 
 def text_of(node: object) -> str:
@@ -33,12 +61,12 @@ def text_of(node: object) -> str:
     return f"{_text(node)}({', '.join(pairs)})"
 
 
-def _texts(path: str, node: Node, above: tuple[int, ...]) -> Iterator[tuple[str, str]]:
-    yield path, _text(node)
+def _nodes(path: str, node: Node, above: tuple[int, ...]) -> Iterator[tuple[str, Node]]:
+    yield path, node
     if id(node) in above:  # a function that calls itself
         return
     for name, child in _parts(node):
-        yield from _texts(path + name, child, (*above, id(node)))
+        yield from _nodes(path + name, child, (*above, id(node)))
 
 
 def _text(x: Node) -> str:

@@ -21,6 +21,7 @@ from .contents import (
     step_of,
     to_metadata,
 )
+from .fields import left_at_default
 from .file import CheckpointError, Opened, Tensor, as_path, opened, raise_damaged, write
 from .fit import (
     check_concrete,
@@ -170,7 +171,7 @@ def load(
     with opened(file) as source, jax.debug_nans(False), jax.debug_infs(False):
         found, checksums = _described(source)
         check_fit(file, found, expected, moments_in(like))
-        text = _other_hyperparams(file, found.fields, expected.fields)
+        text = _other_hyperparams(file, found.fields, expected.fields, optim)
         if text is not None and strict:
             raise CheckpointError(text)
         if text is not None:
@@ -209,7 +210,10 @@ def _described(source: Opened) -> tuple[Contents, dict[str, str]]:
 
 
 def _other_hyperparams(
-    path: Path, found: dict[str, str] | None, expected: dict[str, str] | None
+    path: Path,
+    found: dict[str, str] | None,
+    expected: dict[str, str] | None,
+    optim: object,
 ) -> str | None:
     """What to say if the file was saved with other hyperparameters."""
     if expected is None:
@@ -219,10 +223,11 @@ def _other_hyperparams(
             f"{path} was saved without an optimizer, so its hyperparameters are not "
             "known. Leave out `optim`, or save with `save(path, tree, optim=optim)`."
         )
+    unsaid = left_at_default(optim) - found.keys()
     names = [
         name
         for name in {**found, **expected}
-        if not _is_same(found.get(name), expected.get(name))
+        if name not in unsaid and not _is_same(found.get(name), expected.get(name))
     ]
     if not names:
         return None
