@@ -36,7 +36,7 @@ from eqx_ademamix import (
 from eqx_ademamix._checkpoint import saving
 
 from .helpers import COMPACT, Zoo, everywhere, make_mlp, make_zoo, x64
-from .test_faq import is_in_faq
+from .test_error_messages import is_on_page
 
 
 #
@@ -604,7 +604,7 @@ def test_what_does_not_fit(tree: Any, like: Any, text: str, path: pathlib.Path):
         load(path, like)
     message = str(error.value)
     assert str(path) in message and len(message) < 600
-    assert is_in_faq(message)
+    assert is_on_page(message)
     assert_same(load(path, tree), tree)
 
 

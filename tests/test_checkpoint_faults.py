@@ -24,7 +24,7 @@ from eqx_ademamix import AdEMAMix, CheckpointError, init, load, save
 from eqx_ademamix._checkpoint import file as files
 
 from .helpers import COMPACT
-from .test_faq import is_in_faq
+from .test_error_messages import is_on_page
 
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -40,7 +40,7 @@ def refuses(
 ) -> None:
     with pytest.raises(CheckpointError, match=text) as error:
         load(path, like)
-    assert str(path) in str(error.value) and is_in_faq(str(error.value))
+    assert str(path) in str(error.value) and is_on_page(str(error.value))
 
 
 #
@@ -243,7 +243,7 @@ def test_the_error_names_the_file_and_the_reason(path: pathlib.Path):
         text = r"Could not write .*(File exists|Not a directory)"
         with pytest.raises(OSError, match=text) as error:
             save(bad, TREE)
-        assert str(bad) in str(error.value) and is_in_faq(str(error.value))
+        assert str(bad) in str(error.value) and is_on_page(str(error.value))
     folder = path.parent / "folder"
     folder.mkdir()
     with pytest.raises(OSError, match=r"Could not write .*Is a directory"):
@@ -507,7 +507,7 @@ def test_a_full_disk(facts: Any):
     assert len(facts["disk full"]) == 5
     for code, said, value, left in facts["disk full"].values():
         assert said.startswith("OSError: Could not write ") and "File too large" in said
-        assert is_in_faq(said.removeprefix("OSError: "))
+        assert is_on_page(said.removeprefix("OSError: "))
         assert (code, value, left) == (0, 0, 0)
 
 
@@ -583,7 +583,7 @@ def test_two_processes(path: pathlib.Path):
     both = in_two_processes(path)
     for i, (refusal, whole, *shards) in enumerate(both):
         assert refusal.startswith("tree['x'] is spread over several processes")
-        assert "orbax" in refusal and is_in_faq(refusal)
+        assert "orbax" in refusal and is_on_page(refusal)
         assert whole == [0, 1, 2, 3]
         assert shards in ([[2 * i, 2 * i + 1]], [])
     assert path.read_bytes() == old

@@ -112,13 +112,13 @@ PLANS = (
     "old,new,text", [x[1:] for x in PLANS], ids=[x[0] for x in PLANS]
 )
 def test_other_hyperparameters(old: Any, new: Any, text: str, tmp_path: pathlib.Path):
-    from .test_faq import is_in_faq  # slow to import, which the last test does not need
+    from .test_error_messages import is_on_page  # slow to import, which the last test does not need
 
     path = tmp_path / "run.safetensors"
     save(path, W, optim=old)
     with pytest.raises(CheckpointError, match=text) as error:
         load(path, W, optim=new)
-    assert is_in_faq(str(error.value))
+    assert is_on_page(str(error.value))
     with pytest.warns(UserWarning, match=text) as record:
         assert (load(path, W, optim=new, strict=False) == W).all()
     assert len(record) == 1
