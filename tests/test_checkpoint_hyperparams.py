@@ -112,7 +112,8 @@ PLANS = (
     "old,new,text", [x[1:] for x in PLANS], ids=[x[0] for x in PLANS]
 )
 def test_other_hyperparameters(old: Any, new: Any, text: str, tmp_path: pathlib.Path):
-    from .test_error_messages import is_on_page  # slow to import, which the last test does not need
+    # Slow to import, and the last test does not need it.
+    from .test_error_messages import is_on_page
 
     path = tmp_path / "run.safetensors"
     save(path, W, optim=old)
