@@ -1,5 +1,6 @@
 """AdEMAMix for Equinox models: typed hyperparameters, typed state, right numbers."""
 
+from . import presets as presets
 from ._ademamix import AdEMAMix as AdEMAMix
 from ._carry import TrainCarry as TrainCarry
 from ._checkpoint.file import CheckpointError as CheckpointError
@@ -41,10 +42,23 @@ from ._moments import tree_zeros_like as tree_zeros_like
 from ._optimizer import AbstractOptimizer as AbstractOptimizer
 from ._optimizer import init as init
 from ._optimizer import update as update
+from ._schedules import AlphaCooldownSchedule as AlphaCooldownSchedule
 from ._schedules import AlphaSchedule as AlphaSchedule
 from ._schedules import Beta3Schedule as Beta3Schedule
+from ._schedules import LearningRateSchedule as LearningRateSchedule
+from ._schedules import LogTimeBetaSchedule as LogTimeBetaSchedule
+from ._schedules import LogTimeWeightDecaySchedule as LogTimeWeightDecaySchedule
+from ._schedules import PowerAlphaSchedule as PowerAlphaSchedule
+from ._schedules import alpha_cooldown_scheduler as alpha_cooldown_scheduler
 from ._schedules import alpha_scheduler as alpha_scheduler
 from ._schedules import beta3_scheduler as beta3_scheduler
+from ._schedules import from_half_life as from_half_life
+from ._schedules import half_life as half_life
+from ._schedules import log_time_beta_scheduler as log_time_beta_scheduler
+from ._schedules import (
+    log_time_weight_decay_scheduler as log_time_weight_decay_scheduler,
+)
+from ._schedules import power_alpha_scheduler as power_alpha_scheduler
 from ._simplified import SimplifiedAdEMAMix as SimplifiedAdEMAMix
 from ._stall import stall_report as stall_report
 from ._state import AdEMAMixState as AdEMAMixState

@@ -16,7 +16,7 @@ from ._hyperparams import (
     Hyperparams,
     Scalar,
     check_eps,
-    check_schedule,
+    check_schedules,
     checked_flag,
     decay,
     finite,
@@ -27,8 +27,15 @@ from ._hyperparams import (
     resolve_decay,
 )
 from ._learning_rate_scale import Scales, checked_scales
-from ._numerics import Decay, abs_squared, bias_factor, moving_average, over, times
-from ._schedules import AlphaSchedule, Beta3Schedule
+from ._numerics import (
+    Decay,
+    abs_squared,
+    bias,
+    moving_average,
+    next_weight,
+    over,
+    times,
+)
 from ._state import AdEMAMixState
 from ._step import AbstractMomentOptimizer
 from ._storage.format import Moments, StateFormat, checked_format
@@ -89,8 +96,8 @@ class AdEMAMix(AbstractMomentOptimizer[AdEMAMixState, Hyperparams]):
     """
 
     learning_rate: HyperParamOrSchedule
-    b1: HyperParam
-    b2: HyperParam
+    b1: HyperParamOrSchedule
+    b2: HyperParamOrSchedule
     b3: HyperParamOrSchedule
     alpha: HyperParamOrSchedule
     eps: HyperParam
@@ -140,21 +147,18 @@ class AdEMAMix(AbstractMomentOptimizer[AdEMAMixState, Hyperparams]):
             _decay1=Decay.of(complement1),
             _decay2=Decay.of(complement2),
             _decay3=decay3,
-            _bias1=bias_factor(complement1, t),
-            _bias2=bias_factor(complement2, t),
+            _bias1=bias(complement1, t, state.m1_weight),
+            _bias2=bias(complement2, t, state.nu_weight),
             _m2_weight=self._weight_of_m2(state, decay3),
             _eps=resolve("eps", self.eps, count, non_negative),
             _eps_root=resolve("eps_root", self.eps_root, count, non_negative),
         )
 
     def _weight_of_m2(self, state: AdEMAMixState, decay3: Decay) -> Scalar | None:
-        """The weight of all gradients in `m2` after the next step. (One minus the
-        product of the decays, but that product would lose the digits of a small
-        weight.)"""
+        """The weight of all gradients in `m2` after the next step."""
         if not self.bias_correct_m2 or state.m2_weight is None:
             return None
-        weight = state.m2_weight.astype(float)
-        return moving_average(weight, jnp.ones_like(weight), decay3)
+        return next_weight(state.m2_weight, decay3)
 
     @property
     def state_type(self) -> type[AdEMAMixState]:
@@ -167,14 +171,19 @@ class AdEMAMix(AbstractMomentOptimizer[AdEMAMixState, Hyperparams]):
 
     @property
     def weights(self) -> tuple[str, ...]:
-        return ("m2_weight",) if self.bias_correct_m2 else ()
+        kept = {
+            "m2_weight": self.bias_correct_m2,
+            "m1_weight": callable(self.b1),
+            "nu_weight": callable(self.b2),
+        }
+        return tuple(name for name, is_kept in kept.items() if is_kept)
 
     @no_type_check
     def __init__(
         self,
         learning_rate: optax.ScalarOrSchedule,
-        b1: HyperParamLike = 0.9,
-        b2: HyperParamLike = 0.999,
+        b1: HyperParamLikeOrSchedule = 0.9,
+        b2: HyperParamLikeOrSchedule = 0.999,
         b3: HyperParamLikeOrSchedule = 0.9999,
         alpha: HyperParamLikeOrSchedule = 5.0,
         eps: HyperParamLike = 1e-8,
@@ -192,8 +201,12 @@ class AdEMAMix(AbstractMomentOptimizer[AdEMAMixState, Hyperparams]):
 
         - `learning_rate`: $\eta$, finite; or a schedule, called with `state.count`.
         - `b1`: $\beta_1$, the decay of the fast average, in [0, 1). With a Python 0, no
-            `m1` is stored, which saves a third of the state.
-        - `b2`: $\beta_2$, the decay of the average of the squares, in [0, 1).
+            `m1` is stored, which saves a third of the state. Or a schedule, called with
+            `state.count`, usually [`eqx_ademamix.log_time_beta_scheduler`][]. The bias
+            correction is then $1 - \prod_i \beta_1(i)$, which the state keeps as
+            `m1_weight`.
+        - `b2`: $\beta_2$, the decay of the average of the squares, in [0, 1); or a
+            schedule, as `b1`. The state keeps `nu_weight`.
         - `b3`: $\beta_3$, the decay of the slow average, in [0, 1); or a schedule,
             called with `state.count_m2`, usually [`eqx_ademamix.beta3_scheduler`][]. A
             schedule may have a method `complement(step)` that gives $1 - \beta_3$
@@ -239,8 +252,8 @@ class AdEMAMix(AbstractMomentOptimizer[AdEMAMixState, Hyperparams]):
         self.learning_rate = hyperparam_or_schedule(
             "learning_rate", learning_rate, finite
         )
-        self.b1 = hyperparam("b1", b1, decay)
-        self.b2 = hyperparam("b2", b2, decay)
+        self.b1 = hyperparam_or_schedule("b1", b1, decay)
+        self.b2 = hyperparam_or_schedule("b2", b2, decay)
         self.b3 = hyperparam_or_schedule("b3", b3, decay)
         self.alpha = hyperparam_or_schedule("alpha", alpha, non_negative)
         self.eps = hyperparam("eps", eps, non_negative)
@@ -256,6 +269,6 @@ class AdEMAMix(AbstractMomentOptimizer[AdEMAMixState, Hyperparams]):
             "decoupled_weight_decay", decoupled_weight_decay
         )
         self.learning_rate_scale = checked_scales(learning_rate_scale)
-        check_schedule("b3", self.b3, AlphaSchedule)
-        check_schedule("alpha", self.alpha, Beta3Schedule)
+        scheduled = ("learning_rate", "b1", "b2", "b3", "alpha", "weight_decay")
+        check_schedules(self, scheduled)
         check_eps(self.eps, self.eps_root)

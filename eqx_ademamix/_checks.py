@@ -129,9 +129,9 @@ def check_weights(state: AbstractMomentState[Any], used: tuple[str, ...]) -> Non
             expected = "one" if name in used else "none"
             raise ValueError(
                 f"state.{name} is {describe(weight)}, but this optimizer keeps "
-                f"{expected}. Was `bias_correct_m2` different when the state was "
-                "created? Convert the state with `change_state_format(state, optim, "
-                "params)`."
+                f"{expected}. Were `bias_correct_m2`, `b1` or `b2` different when the "
+                "state was created? Convert the state with `change_state_format(state, "
+                "optim, params)`."
             )
 
 

@@ -1,6 +1,7 @@
 """Hyperparameters: checked where they are concrete, resolved at the counters."""
 
 import dataclasses
+import enum
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias, TypeVar
@@ -38,6 +39,8 @@ class Domain(NamedTuple):
 
 finite = Domain(math.isfinite, "a finite number")
 non_negative = Domain(lambda x: 0 <= x < np.inf, "a finite number >= 0")
+positive = Domain(lambda x: 0 < x < np.inf, "a finite number > 0")
+fraction = Domain(lambda x: 0 <= x <= 1, "a number in [0, 1]")
 decay = Domain(lambda x: 0 <= x < 1, "a number in [0, 1)", is_decay=True)
 # A decay that rounds to 1 is legal where a schedule gives its complement, too.
 _rounded_decay = decay._replace(contains=lambda x: 0 <= x <= 1)
@@ -142,12 +145,32 @@ def real_scalar(
             f"`{name}` has shape {value.shape}, but a scalar was expected. For a "
             "sweep, build and use the optimizer under `eqx.filter_vmap`."
         )
+    _check_real(name, value)
+    return value
+
+
+def _check_real(name: str, value: Array | np.ndarray) -> None:
     if not any(jnp.issubdtype(value.dtype, kind) for kind in (np.integer, np.floating)):
         raise TypeError(
             f"`{name}` has dtype {value.dtype}, but a real number was expected: pass a "
             "floating-point array."
         )
-    return value
+
+
+def real_array(name: str, value: object, domain: Domain) -> float | Array | np.ndarray:
+    """Real numbers, checked: a Python float, or an array of any shape in the default
+    float (JAX) or in float64 (NumPy)."""
+    if not isinstance(value, (np.ndarray, jax.Array)):
+        return float(hyperparam(name, value, domain))
+    if domain.is_decay:
+        _check_precision(name, value)
+    _check_real(name, value)
+    x = wide(value) if isinstance(value, jax.Array) else value.astype(np.float64)
+    numbers = [] if isinstance(x, Tracer) else np.asarray(x, np.float64).ravel()
+    for number in numbers:
+        if not domain.contains(number):
+            hyperparam(name, float(number), domain)  # raises
+    return x
 
 
 def _check_precision(name: str, value: object) -> None:
@@ -161,12 +184,40 @@ def _check_precision(name: str, value: object) -> None:
         )
 
 
-def check_schedule(name: str, value: HyperParamOrSchedule, wrong: type) -> None:
-    if isinstance(value, wrong):
+class Purpose(enum.Enum):
+    """What a schedule of this package is meant for."""
+
+    alpha = enum.auto()
+    decay = enum.auto()
+    learning_rate = enum.auto()
+    weight_decay = enum.auto()
+
+
+def check_schedule(name: str, value: object, *allowed: Purpose) -> None:
+    """Detects swapped schedules. What a user's own function is meant for is unknown."""
+    purpose = getattr(value, "purpose", None)
+    if isinstance(purpose, Purpose) and purpose not in allowed:
         raise TypeError(
             f"`{name}` is {describe(value)}, which is a schedule for another "
             "hyperparameter. Were two schedules swapped?"
         )
+
+
+def check_schedules(optim: object, names: tuple[str, ...]) -> None:
+    """Detects swapped schedules among the hyperparameters of an optimizer."""
+    for name in names:
+        check_schedule(
+            name, getattr(optim, name), *_ALLOWED.get(name, (Purpose.decay,))
+        )
+
+
+# A learning rate or a weight decay can have the shape of another number's schedule. A
+# decay such as `b3` cannot.
+_ALLOWED = {
+    "alpha": (Purpose.alpha,),
+    "learning_rate": (Purpose.learning_rate, Purpose.alpha),
+    "weight_decay": (Purpose.weight_decay, Purpose.learning_rate, Purpose.alpha),
+}
 
 
 def check_eps(eps: HyperParam, eps_root: HyperParam) -> None:
@@ -210,11 +261,14 @@ class AbstractHyperparams(eqx.Module):
     def __repr__(self) -> str:
         """Shows numbers, where Equinox would show `f32[]`."""
         names = [x.name for x in dataclasses.fields(self) if x.repr]
-        parts = (f"{name}={_shown(getattr(self, name))}" for name in names)
+        parts = (f"{name}={shown(getattr(self, name))}" for name in names)
         return f"{type(self).__name__}({', '.join(parts)})"
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
+    """A value as a person wants to read it: arrays as their numbers."""
+    if isinstance(value, float):
+        return f"{value:.12g}"
     if not _is_readable(value):
         return eqx.tree_pformat(value)
     # As a NumPy scalar, a float32 0.1 is `0.1`, not `0.10000000149011612`.

@@ -213,6 +213,25 @@ def bias_factor(complement: Float[Array, ""], count: Float[Array, ""]) -> Array:
     return -jnp.expm1(count * jnp.log1p(-complement))
 
 
+def bias(
+    complement: Float[Array, ""],
+    count: Float[Array, ""],
+    weight: Float[Array, ""] | None,
+) -> Array:
+    """The weight of all values in an average after $t$ steps. `weight` is that before
+    the last one, which only a decay that varies needs."""
+    if weight is None:
+        return bias_factor(complement, count)
+    return next_weight(weight, Decay.of(complement))
+
+
+def next_weight(weight: Float[Array, ""], decay: Decay) -> Array:
+    r"""The weight of all values in an average after one more step: $1 - \prod_i
+    \beta(i)$. (That product itself would lose the digits of a small weight.)"""
+    weight = weight.astype(float)
+    return moving_average(weight, jnp.ones_like(weight), decay)
+
+
 #
 # Random numbers from a hash of a seed and of the position in the array. A hash costs
 # less than a generator, needs nothing from other devices, and repeats bit for bit.

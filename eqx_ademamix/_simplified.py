@@ -16,7 +16,7 @@ from ._hyperparams import (
     SimplifiedHyperparams,
     check_eps,
     check_one_divisor,
-    check_schedule,
+    check_schedules,
     checked_flag,
     decay,
     finite,
@@ -30,13 +30,12 @@ from ._learning_rate_scale import Scales, checked_scales
 from ._numerics import (
     Decay,
     abs_squared,
-    bias_factor,
+    bias,
     moving_average,
     moving_sum,
     over,
     times,
 )
-from ._schedules import AlphaSchedule, Beta3Schedule
 from ._state import SimplifiedAdEMAMixState
 from ._step import AbstractMomentOptimizer
 from ._storage.format import Moments, StateFormat, checked_format
@@ -90,7 +89,7 @@ class SimplifiedAdEMAMix(
 
     learning_rate: HyperParamOrSchedule
     b1: HyperParamOrSchedule
-    b2: HyperParam
+    b2: HyperParamOrSchedule
     alpha: HyperParamOrSchedule
     eps: HyperParam
     eps_root: HyperParam
@@ -141,7 +140,7 @@ class SimplifiedAdEMAMix(
             ),
             _decay1=decay1,
             _decay2=Decay.of(complement2),
-            _bias2=bias_factor(complement2, count.astype(float) + 1.0),
+            _bias2=bias(complement2, count.astype(float) + 1.0, state.nu_weight),
             _num=num,
             _divisor=divisor,
             _eps=resolve("eps", self.eps, count, non_negative),
@@ -158,14 +157,14 @@ class SimplifiedAdEMAMix(
 
     @property
     def weights(self) -> tuple[str, ...]:
-        return ("num",)
+        return ("num", "nu_weight") if callable(self.b2) else ("num",)
 
     @no_type_check
     def __init__(
         self,
         learning_rate: optax.ScalarOrSchedule,
         b1: HyperParamLikeOrSchedule = 0.99,
-        b2: HyperParamLike = 0.95,
+        b2: HyperParamLikeOrSchedule = 0.95,
         alpha: HyperParamLikeOrSchedule = 0.0,
         eps: HyperParamLike = 1e-8,
         eps_root: HyperParamLike = 0.0,
@@ -181,7 +180,8 @@ class SimplifiedAdEMAMix(
     ):
         r"""**Arguments:** those of [`eqx_ademamix.AdEMAMix`][], except:
 
-        - `b1`: $\beta_1$, the decay of $m$, in [0, 1); or a schedule.
+        - `b1`: $\beta_1$, the decay of $m$, in [0, 1); or a schedule. The state keeps $n$
+            for both.
         - `alpha`: $\alpha$, the extra weight of the current gradient, at least 0; or a
             schedule. Schedules are called with `state.count`.
         - `state_format`: its entry `m2` says how $m$ is stored.
@@ -196,7 +196,7 @@ class SimplifiedAdEMAMix(
         rate = hyperparam_or_schedule("learning_rate", learning_rate, finite)
         self.learning_rate = rate
         self.b1 = hyperparam_or_schedule("b1", b1, decay)
-        self.b2 = hyperparam("b2", b2, decay)
+        self.b2 = hyperparam_or_schedule("b2", b2, decay)
         self.alpha = hyperparam_or_schedule("alpha", alpha, non_negative)
         self.eps = hyperparam("eps", eps, non_negative)
         self.eps_root = hyperparam("eps_root", eps_root, non_negative)
@@ -212,7 +212,6 @@ class SimplifiedAdEMAMix(
             "decoupled_weight_decay", decoupled_weight_decay
         )
         self.learning_rate_scale = checked_scales(learning_rate_scale)
-        check_schedule("b1", self.b1, AlphaSchedule)
-        check_schedule("alpha", self.alpha, Beta3Schedule)
+        check_schedules(self, ("learning_rate", "b1", "b2", "alpha", "weight_decay"))
         check_eps(self.eps, self.eps_root)
         check_one_divisor(self.bias_correct_m1, self.normalize)

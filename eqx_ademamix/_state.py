@@ -78,11 +78,13 @@ class AdEMAMixState(AbstractMomentState[Hyperparams]):
         real.
     - `m2_weight`: with `bias_correct_m2`, the sum of the weights of all gradients in
         `m2`, $1 - \prod_i \beta_3(i)$, a scalar of the default float. Otherwise `None`.
+    - `m1_weight`, `nu_weight`: if `b1` or `b2` is a schedule, the same of `m1` or `nu`,
+        by which its bias is corrected. Otherwise `None`.
     """
 
     names: ClassVar[Moments[str]] = Moments("m1", "m2", "nu")
     counters: ClassVar[tuple[str, ...]] = ("count", "count_m2")
-    weights: ClassVar[tuple[str, ...]] = ("m2_weight",)
+    weights: ClassVar[tuple[str, ...]] = ("m2_weight", "m1_weight", "nu_weight")
 
     count: Int32[Array, ""]
     count_m2: Int32[Array, ""]
@@ -90,6 +92,8 @@ class AdEMAMixState(AbstractMomentState[Hyperparams]):
     m2: MomentTree
     nu: SquareTree
     m2_weight: Float[Array, ""] | None
+    m1_weight: Float[Array, ""] | None
+    nu_weight: Float[Array, ""] | None
 
     @no_type_check
     def __init__(
@@ -100,6 +104,8 @@ class AdEMAMixState(AbstractMomentState[Hyperparams]):
         m2: MomentTree,
         nu: SquareTree,
         m2_weight: Float[Array, ""] | None = None,
+        m1_weight: Float[Array, ""] | None = None,
+        nu_weight: Float[Array, ""] | None = None,
     ):
         """**Arguments:** as the attributes.
 
@@ -108,11 +114,12 @@ class AdEMAMixState(AbstractMomentState[Hyperparams]):
         - `jaxtyping.TypeCheckError`: if the trees do not agree in structure, or their
             arrays in shape.
         """
-        _check_scalars(count, count_m2, m2_weight)
+        _check_scalars(count, count_m2, m2_weight, m1_weight, nu_weight)
         check_trees(m2, nu, m1)
         self.count, self.count_m2 = count, count_m2
         self.m1, self.m2, self.nu = m1, m2, nu
         self.m2_weight = m2_weight
+        self.m1_weight, self.nu_weight = m1_weight, nu_weight
 
     @property
     def moments(self) -> Moments[PyTree]:
@@ -125,15 +132,15 @@ class AdEMAMixState(AbstractMomentState[Hyperparams]):
         weights: tuple[str, ...],
         zero: Callable[[Any], Array],
     ) -> "AdEMAMixState":
-        weight = zero(float) if "m2_weight" in weights else None
-        return cls(zero(jnp.int32), zero(jnp.int32), *moments, weight)
+        sums = [zero(float) if name in weights else None for name in cls.weights]
+        return cls(zero(jnp.int32), zero(jnp.int32), *moments, *sums)
 
     def after(self, moments: Moments[PyTree], h: Hyperparams) -> "AdEMAMixState":
         counts = next_count(self.count), next_count(self.count_m2)
-        old, weight = self.m2_weight, h._m2_weight
-        if old is not None and weight is not None:
-            weight = weight.astype(old.dtype)
-        return AdEMAMixState(*counts, *moments, weight)
+        m2_weight = _next_weight(self.m2_weight, h._m2_weight)
+        m1_weight = _next_weight(self.m1_weight, h._bias1)
+        nu_weight = _next_weight(self.nu_weight, h._bias2)
+        return AdEMAMixState(*counts, *moments, m2_weight, m1_weight, nu_weight)
 
 
 class SimplifiedAdEMAMixState(AbstractMomentState[SimplifiedHyperparams]):
@@ -149,16 +156,19 @@ class SimplifiedAdEMAMixState(AbstractMomentState[SimplifiedHyperparams]):
         `None` at all other leaves.
     - `nu`: the average of the squared magnitudes of the gradients, shaped like `m`,
         real.
+    - `nu_weight`: if `b2` is a schedule, the sum of the weights of all squares in `nu`,
+        a scalar of the default float. Otherwise `None`.
     """
 
     names: ClassVar[Moments[str]] = Moments(None, "m", "nu")
     counters: ClassVar[tuple[str, ...]] = ("count",)
-    weights: ClassVar[tuple[str, ...]] = ("num",)
+    weights: ClassVar[tuple[str, ...]] = ("num", "nu_weight")
 
     count: Int32[Array, ""]
     num: Float[Array, ""]
     m: MomentTree
     nu: SquareTree
+    nu_weight: Float[Array, ""] | None
 
     @no_type_check
     def __init__(
@@ -167,6 +177,7 @@ class SimplifiedAdEMAMixState(AbstractMomentState[SimplifiedHyperparams]):
         num: Float[Array, ""],
         m: MomentTree,
         nu: SquareTree,
+        nu_weight: Float[Array, ""] | None = None,
     ):
         """**Arguments:** as the attributes.
 
@@ -175,10 +186,11 @@ class SimplifiedAdEMAMixState(AbstractMomentState[SimplifiedHyperparams]):
         - `jaxtyping.TypeCheckError`: if the trees do not agree in structure, or their
             arrays in shape.
         """
-        _check_num(count, num)
+        _check_sums(count, num, nu_weight)
         check_trees(m, nu, m)
         self.count, self.num = count, num
         self.m, self.nu = m, nu
+        self.nu_weight = nu_weight
 
     @property
     def moments(self) -> Moments[PyTree]:
@@ -191,13 +203,22 @@ class SimplifiedAdEMAMixState(AbstractMomentState[SimplifiedHyperparams]):
         weights: tuple[str, ...],
         zero: Callable[[Any], Array],
     ) -> "SimplifiedAdEMAMixState":
-        return cls(zero(jnp.int32), zero(float), moments.m2, moments.nu)
+        nu_weight = zero(float) if "nu_weight" in weights else None
+        return cls(zero(jnp.int32), zero(float), moments.m2, moments.nu, nu_weight)
 
     def after(
         self, moments: Moments[PyTree], h: SimplifiedHyperparams
     ) -> "SimplifiedAdEMAMixState":
         count, num = next_count(self.count), h._num.astype(self.num.dtype)
-        return SimplifiedAdEMAMixState(count, num, moments.m2, moments.nu)
+        nu_weight = _next_weight(self.nu_weight, h._bias2)
+        return SimplifiedAdEMAMixState(count, num, moments.m2, moments.nu, nu_weight)
+
+
+def _next_weight(
+    old: Float[Array, ""] | None, new: Float[Array, ""] | None
+) -> Float[Array, ""] | None:
+    """A sum of weights after a step, if the state keeps it."""
+    return None if old is None or new is None else new.astype(old.dtype)
 
 
 class CompensatedState(eqx.Module):
@@ -238,11 +259,15 @@ def _check_scalars(
     count: Int32[Array, ""],
     count_m2: Int32[Array, ""],
     m2_weight: Float[Array, ""] | None,
+    m1_weight: Float[Array, ""] | None,
+    nu_weight: Float[Array, ""] | None,
 ) -> None: ...
 
 
 @jaxtyped(typechecker=beartype)
-def _check_num(count: Int32[Array, ""], num: Float[Array, ""]) -> None: ...
+def _check_sums(
+    count: Int32[Array, ""], num: Float[Array, ""], nu_weight: Float[Array, ""] | None
+) -> None: ...
 
 
 def check_trees(m2: PyTree, nu: PyTree, m1: PyTree) -> None:

@@ -447,7 +447,7 @@ CASES = (
         "without m2_weight",
         lambda: update(AdEMAMix(1, bias_correct_m2=True), GRADS, STATE, MODEL),
         r"state\.m2_weight is None, but this optimizer keeps one. "
-        r"Was `bias_correct_m2` different when the state was created\? Convert",
+        r"Were `bias_correct_m2`, `b1` or `b2` different when the state was created\? ",
     ),
     (
         "with m2_weight",

@@ -16,6 +16,7 @@ from .._storage.codec import Encoded, Stored
 from .._typing import no_type_check
 from .adopt import adopted, copied, copies, our_state
 from .target import blank_state, continued
+from .weights import weight_after
 
 
 @overload
@@ -32,7 +33,8 @@ def from_adamw(
 
     `m1`, `nu` and `count` continue from their present values. `m2` and `count_m2` start
     at 0, and with them the schedules of `b3` and `alpha`. With `alpha=0` the run
-    continues exactly as AdamW would have.
+    continues exactly as AdamW would have. If `b1` or `b2` of `optim` is a schedule, the
+    bias of `m1` or `nu` is corrected as if all steps had followed that schedule.
 
     **Arguments:**
 
@@ -88,13 +90,16 @@ def from_adamw(
     adam = find(opt_state, _is_adam, "of Adam or AdamW")
     m1 = adopted("opt_state.mu", adam.mu, blank.m2, blank.m1)
     nu = adopted("opt_state.nu", adam.nu, blank.m2, blank.nu, is_real=True)
+    count = copied(adam.count, jnp.int32)
     ours = AdEMAMixState(
-        count=copied(adam.count, jnp.int32),
+        count=count,
         count_m2=blank.count_m2,
         m1=m1,
         m2=jax.tree.map(_zeros_sharded_as, nu, blank.m2, is_leaf=is_entry),
         nu=nu,
         m2_weight=blank.m2_weight,
+        m1_weight=weight_after(blank, optim, "m1_weight", count),
+        nu_weight=weight_after(blank, optim, "nu_weight", count),
     )
     return continued(tree, ours, opt_state)
 

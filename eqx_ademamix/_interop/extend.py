@@ -18,14 +18,27 @@ from .._hyperparams import (
 )
 from .._inspection import find
 from .._paths import describe
-from .._schedules import AlphaSchedule, Beta3Schedule
+from .._schedules import (
+    AbstractSchedule,
+    AlphaCooldownSchedule,
+    AlphaSchedule,
+    Beta3Schedule,
+    LogTimeBetaSchedule,
+    PowerAlphaSchedule,
+)
 from .._state import AdEMAMixState
 from .._typing import no_type_check
 from .adopt import is_ours
 
 
 @no_type_check
-def extend(optim: AdEMAMix, state: AdEMAMixState, *, warmup: float) -> AdEMAMix:
+def extend(
+    optim: AdEMAMix,
+    state: AdEMAMixState,
+    *,
+    warmup: float,
+    total_steps: float | None = None,
+) -> AdEMAMix:
     r"""Gives the warm-ups of $\alpha$ and $\beta_3$ a new length, without a jump.
 
     The schedules of the returned optimizer continue from their present values, linear
@@ -37,10 +50,15 @@ def extend(optim: AdEMAMix, state: AdEMAMixState, *, warmup: float) -> AdEMAMix:
 
     - `optim`: the optimizer, whose `alpha` or `b3` (or both) are an
         [`eqx_ademamix.alpha_scheduler`][] or [`eqx_ademamix.beta3_scheduler`][]. A
-        constant does not change.
+        constant does not change, and neither does a
+        [`eqx_ademamix.log_time_beta_scheduler`][] or an
+        [`eqx_ademamix.power_alpha_scheduler`][], which have no end.
     - `state`: its state, with concrete counters: call this outside of `jit`.
     - `warmup`: the new length, counted from the beginning of the slow average, as in
         the schedules' own argument. The present values are computed in float64.
+    - `total_steps`: the new end of an [`eqx_ademamix.alpha_cooldown_scheduler`][], which
+        is needed if `alpha` is one. The cool-down keeps its length and must not have
+        begun. The warm-up inside of it gets the new length.
 
     **Returns:**
 
@@ -49,8 +67,9 @@ def extend(optim: AdEMAMix, state: AdEMAMixState, *, warmup: float) -> AdEMAMix:
 
     **Raises:**
 
-    - `ValueError`: if there is no schedule or an unknown one, if that many steps have
-        already been taken, or if the counter is traced.
+    - `ValueError`: if there is no warm-up or an unknown schedule, if that many steps
+        have already been taken, if `total_steps` and a cool-down do not come together,
+        or if the counter is traced.
 
     !!! Example
 
@@ -70,14 +89,56 @@ def extend(optim: AdEMAMix, state: AdEMAMixState, *, warmup: float) -> AdEMAMix:
     ours = find(state, is_ours, "of AdEMAMix", name="state")
     length = _concrete("warmup", hyperparam("warmup", warmup, non_negative))
     count = int(_concrete("state.count_m2", ours.count_m2))
-    if not (callable(optim.b3) or callable(optim.alpha)):
+    if not (_has_end(optim.b3) or _has_end(optim.alpha)):
         raise ValueError(
-            "`optim` has neither a schedule for `b3` nor one for `alpha`, so there is "
-            "no warm-up to extend."
+            "`optim` has neither a schedule for `b3` nor one for `alpha` that has an "
+            "end, so there is no warm-up to extend."
         )
     b3 = _extended("b3", optim.b3, count, length)
-    alpha = _extended("alpha", optim.alpha, count, length)
+    alpha = _with_new_end(optim.alpha, count, length, total_steps)
     return eqx.tree_at(lambda o: (o.b3, o.alpha), optim, (b3, alpha))
+
+
+def _has_end(schedule: HyperParamOrSchedule) -> bool:
+    return callable(schedule) and not isinstance(schedule, _ENDLESS)
+
+
+_ENDLESS = (LogTimeBetaSchedule, PowerAlphaSchedule)
+
+
+def _with_new_end(
+    alpha: HyperParamOrSchedule, count: int, length: float, total_steps: object
+) -> HyperParamOrSchedule:
+    """A schedule of alpha with a new length of the warm-up, and a new end of the
+    cool-down if it has one."""
+    if isinstance(alpha, AlphaCooldownSchedule) != (total_steps is not None):
+        raise ValueError(
+            f"`total_steps` is {describe(total_steps)}, and `optim.alpha` is "
+            f"{describe(alpha)}. A new end of the run is for an `alpha` with a "
+            "cool-down (`alpha_cooldown_scheduler`), which needs it."
+        )
+    if not isinstance(alpha, AlphaCooldownSchedule):
+        return _extended("alpha", alpha, count, length)
+    total = hyperparam("total_steps", total_steps, non_negative)
+    end, old = _concrete("total_steps", total), _concrete_fields("alpha", alpha)
+    now = count + old["offset"]
+    if now > min(old["total_steps"], end) - old["cooldown"]:
+        raise ValueError(
+            f"`total_steps` is {end:g}, but after {now:g} steps, the cool-down of "
+            f"`alpha` over {old['cooldown']:g} steps has begun or would have begun "
+            "already, so `alpha` would jump. Extend a run before its cool-down."
+        )
+    inner = _extended("alpha", alpha.alpha, count, length)
+    return eqx.tree_at(lambda s: (s.alpha, s.total_steps), alpha, (inner, end))
+
+
+def _concrete_fields(name: str, schedule: AbstractSchedule) -> dict[str, float]:
+    values = {x.name: getattr(schedule, x.name) for x in dataclasses.fields(schedule)}
+    return {
+        field: _concrete(f"optim.{name}.{field}", value)
+        for field, value in values.items()
+        if not callable(value)
+    }
 
 
 def _concrete(name: str, value: object) -> float:
@@ -93,16 +154,15 @@ def _concrete(name: str, value: object) -> float:
 def _extended(
     name: str, schedule: HyperParamOrSchedule, count: int, length: float
 ) -> HyperParamOrSchedule:
-    if not callable(schedule):
+    if not _has_end(schedule):
         return schedule
     if not isinstance(schedule, AlphaSchedule | Beta3Schedule):
         raise ValueError(
             f"`{name}` is {describe(schedule)}, but `extend` knows only the schedules "
-            "of `alpha_scheduler` and `beta3_scheduler`. Make a schedule and insert it "
-            f"with `eqx.tree_at(lambda o: o.{name}, optim, schedule)`."
+            "of this package. Make a schedule and insert it with "
+            f"`eqx.tree_at(lambda o: o.{name}, optim, schedule)`."
         )
-    for field in dataclasses.fields(schedule):
-        _concrete(f"optim.{name}.{field.name}", getattr(schedule, field.name))
+    _concrete_fields(name, schedule)
     now = count + float(schedule.offset)
     if length <= now:
         raise ValueError(

@@ -15,7 +15,7 @@ from .._state import AbstractMomentState, AdEMAMixState, SimplifiedAdEMAMixState
 from .._typing import no_type_check
 from .adopt import adopted, copied, copies
 from .target import blank_state, continued
-from .weights import m2_weight_like, num_after
+from .weights import num_after, weight_after
 
 
 @overload
@@ -41,15 +41,17 @@ def from_optax(
         [`eqx_ademamix.Compensated`][] or [`eqx_ademamix.Offloaded`][] around it, or an
         optax optimizer that contains exactly one [`eqx_ademamix.AdEMAMix`][]. (Inside
         an optax optimizer, the decays cannot be read. So a `SimplifiedAdEMAMix` must
-        not be inside of one, nor an `AdEMAMix` with `bias_correct_m2`.)
+        not be inside of one, nor an `AdEMAMix` with `bias_correct_m2` or with a
+        schedule for `b1` or `b2`.)
     - `params`: the model.
 
     **Returns:**
 
     The state of `optim`, in its own format. It shares no buffer with `opt_state`. The
     counters of schedules in `opt_state` and the remainders of a `Compensated` continue
-    as in [`eqx_ademamix.from_adamw`][]. What optax does not keep, a `num` or an
-    `m2_weight`, is computed from `b1` or `b3` over all steps taken.
+    as in [`eqx_ademamix.from_adamw`][]. What optax does not keep, a `num`, an
+    `m1_weight`, an `m2_weight` or a `nu_weight`, is computed from `b1`, `b3` or `b2`
+    over all steps taken.
 
     **Raises:**
 
@@ -81,14 +83,16 @@ def from_optax(
 
 def _ademamix(opt_state: PyTree, optim: object, blank: AdEMAMixState) -> AdEMAMixState:
     found = find(opt_state, _is_ademamix, "of optax.contrib.ademamix")
-    count_m2 = copied(found.count_m2, jnp.int32)
+    count, count_m2 = (copied(x, jnp.int32) for x in (found.count, found.count_m2))
     return AdEMAMixState(
-        count=copied(found.count, jnp.int32),
+        count=count,
         count_m2=count_m2,
         m1=adopted("opt_state.m1", found.m1, blank.m2, blank.m1),
         m2=adopted("opt_state.m2", found.m2, blank.m2, blank.m2),
         nu=adopted("opt_state.nu", found.nu, blank.m2, blank.nu, is_real=True),
-        m2_weight=m2_weight_like(blank, optim, count_m2),
+        m2_weight=weight_after(blank, optim, "m2_weight", count_m2),
+        m1_weight=weight_after(blank, optim, "m1_weight", count),
+        nu_weight=weight_after(blank, optim, "nu_weight", count),
     )
 
 
@@ -103,6 +107,7 @@ def _simplified(
         num=num_after(optim, count),
         m=adopted("opt_state.m", found.m, blank.m, blank.m),
         nu=adopted("opt_state.n", found.n, blank.m, blank.nu, is_real=True),
+        nu_weight=weight_after(blank, optim, "nu_weight", count),
     )
 
 

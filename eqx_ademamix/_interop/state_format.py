@@ -14,12 +14,12 @@ from .._inspection import decoded, find, of
 from .._memory import placed_as
 from .._optimizer import AbstractOptimizer, OptaxOptimizer
 from .._paths import Node, Path, flatten, leaves_with_path
-from .._state import AbstractMomentState, AdEMAMixState
+from .._state import AbstractMomentState
 from .._storage.codec import Stored
 from .._typing import no_type_check
 from .adopt import adopted, copies
 from .target import blank_state
-from .weights import m2_weight_like
+from .weights import weight_after
 
 
 State = TypeVar("State")
@@ -52,7 +52,8 @@ def change_state_format(
     copied bit by bit. Counters and all other parts of `state` keep their values. No
     buffer is shared with `state`. If `optim` has `b1=0` and so needs no `m1`, that is
     dropped. If only one of the two has `bias_correct_m2`, then `m2_weight` is dropped,
-    or computed from the `b3` of `optim` over all steps taken.
+    or computed from the `b3` of `optim` over all steps taken. So are `m1_weight` and
+    `nu_weight` if `b1` or `b2` is a schedule in only one of the two.
 
     **Raises:**
 
@@ -82,12 +83,21 @@ def change_state_format(
     old = find(state, is_one, of(cls), name="state")
     for name in old.counters:
         check_counter(name, getattr(old, name))
-    weights: dict[str, Any] = {}
-    if isinstance(own, AdEMAMixState) and _differ(own.m2_weight, old.m2_weight):
-        weights["m2_weight"] = m2_weight_like(own, optim, old.count_m2)
-    ours = _in_format_of(own, old, weights)
+    ours = _in_format_of(own, old, _new_weights(own, old, optim))
     new = lambda x: ours if is_one(x) else _copied_if_array(x)
     return jax.tree.map(new, state, is_leaf=is_one)
+
+
+def _new_weights(
+    own: AbstractMomentState[Any], old: AbstractMomentState[Any], optim: object
+) -> dict[str, Any]:
+    """Those sums of weights that only one of the two states keeps."""
+    counts = {"m2_weight": getattr(old, "count_m2", old.count)}
+    return {
+        name: weight_after(own, optim, name, counts.get(name, old.count))
+        for name in own.weights
+        if _differ(getattr(own, name), getattr(old, name))
+    }
 
 
 def _in_format_of(

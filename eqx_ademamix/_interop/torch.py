@@ -18,7 +18,7 @@ from .._storage.codec import Stored, is_encoded
 from .._typing import no_type_check
 from .adopt import in_format
 from .target import blank_state, continued
-from .weights import m2_weight_like
+from .weights import weight_after
 
 
 Name: TypeAlias = str | int
@@ -112,14 +112,16 @@ def from_torch(
         stored = ft.partial(_on_devices_of, name)
         return jtu.tree_map_with_path(stored, like, moments, is_leaf=is_encoded)
 
-    count_m2 = jnp.asarray(_steps(found), jnp.int32)
+    count, count_m2 = (jnp.asarray(_steps(found), jnp.int32) for _ in range(2))
     ours = AdEMAMixState(
-        count=jnp.asarray(_steps(found), jnp.int32),
+        count=count,
         count_m2=count_m2,
         m1=tree("m1", blank.m1) if has_m1 else blank.m1,
         m2=tree("m2", blank.m2),
         nu=tree("nu", blank.nu),
-        m2_weight=m2_weight_like(blank, optim, count_m2),
+        m2_weight=weight_after(blank, optim, "m2_weight", count_m2),
+        m1_weight=weight_after(blank, optim, "m1_weight", count),
+        nu_weight=weight_after(blank, optim, "nu_weight", count),
     )
     return continued(blank_tree, ours, None)
 

@@ -40,8 +40,8 @@ Mask: TypeAlias = PyTree | Callable[[PyTree], PyTree] | None
 @no_type_check
 def ademamix(
     lr: optax.ScalarOrSchedule = None,  # pyright: ignore[reportArgumentType]
-    b1: HyperParamLike = 0.9,
-    b2: HyperParamLike = 0.999,
+    b1: HyperParamLikeOrSchedule = 0.9,
+    b2: HyperParamLikeOrSchedule = 0.999,
     b3: HyperParamLikeOrSchedule = 0.9999,
     alpha: HyperParamLikeOrSchedule = 5.0,
     b3_scheduler: Schedule | None = None,
@@ -64,7 +64,8 @@ def ademamix(
 
     - `lr`: the learning rate, a number or a schedule. Required, either by this name or
         as `learning_rate`.
-    - `b1`, `b2`: the decays of the fast average and of the average of squares.
+    - `b1`, `b2`: the decays of the fast average and of the average of squares, numbers
+        or schedules.
     - `b3`: the decay of the slow average, a number or a schedule.
     - `alpha`: the weight of the slow average, a number or a schedule.
     - `b3_scheduler`, `alpha_scheduler`: schedules that replace the numbers `b3` and
@@ -135,8 +136,8 @@ def ademamix(
 
 @no_type_check
 def scale_by_ademamix(
-    b1: HyperParamLike,
-    b2: HyperParamLike,
+    b1: HyperParamLikeOrSchedule,
+    b2: HyperParamLikeOrSchedule,
     b3: HyperParamLikeOrSchedule,
     alpha: HyperParamLikeOrSchedule,
     b3_scheduler: Schedule | None,
@@ -198,7 +199,7 @@ def scale_by_ademamix(
 def simplified_ademamix(
     learning_rate: optax.ScalarOrSchedule,
     b1: HyperParamLikeOrSchedule = 0.99,
-    b2: HyperParamLike = 0.95,
+    b2: HyperParamLikeOrSchedule = 0.95,
     alpha: HyperParamLikeOrSchedule = 0.0,
     eps: HyperParamLike = 1e-8,
     eps_root: HyperParamLike = 0.0,
@@ -215,8 +216,8 @@ def simplified_ademamix(
     **Arguments:**
 
     - `learning_rate`: the learning rate, a number or a schedule.
-    - `b1`, `b2`: the decays of the momentum and of the average of squares. `b1` may be
-        a schedule.
+    - `b1`, `b2`: the decays of the momentum and of the average of squares, numbers or
+        schedules.
     - `alpha`: the extra weight of the current gradient, a number or a schedule.
     - `eps`, `eps_root`: numbers added to the denominator, outside and inside the root.
     - `weight_decay`: the strength of the decoupled weight decay.
@@ -262,7 +263,7 @@ def simplified_ademamix(
 @no_type_check
 def scale_by_simplified_ademamix(
     b1: HyperParamLikeOrSchedule = 0.99,
-    b2: HyperParamLike = 0.95,
+    b2: HyperParamLikeOrSchedule = 0.95,
     alpha: HyperParamLikeOrSchedule = 0.0,
     eps: HyperParamLike = 1e-8,
     eps_root: HyperParamLike = 0.0,

@@ -1,19 +1,19 @@
 """Sums of weights that other optimizers do not keep, over all steps taken."""
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int32
 
-from .._ademamix import AdEMAMix
 from .._hyperparams import HyperParamOrSchedule, Scalar, resolve_decay
 from .._inspection import unwrapped
 from .._numerics import Decay, bias_factor, moving_sum
 from .._paths import describe
 from .._simplified import SimplifiedAdEMAMix
-from .._state import AdEMAMixState
+from .._state import AbstractMomentState
+from .._step import AbstractMomentOptimizer
 
 
 Count: TypeAlias = Int32[Array, ""]
@@ -28,15 +28,22 @@ def num_after(optim: object, count: Count) -> Scalar:
     return _weight(complement, count) / complement  # the geometric series
 
 
-def m2_weight_like(own: AdEMAMixState, optim: object, count_m2: Count) -> Scalar | None:
-    """The weight of all gradients in `m2` after a number of steps, if our `own` state
-    keeps it."""
-    if own.m2_weight is None:
+# The decay of the average that a weight belongs to.
+_DECAYS = {"m1_weight": "b1", "m2_weight": "b3", "nu_weight": "b2"}
+
+
+def weight_after(
+    own: AbstractMomentState[Any], optim: object, weight: str, count: Count
+) -> Scalar | None:
+    """The weight of all values in an average after a number of steps, if our `own`
+    state keeps it."""
+    if getattr(own, weight) is None:
         return None
-    b3 = _decay(optim, AdEMAMix, "b3", "m2_weight")
-    if callable(b3):
-        return _sum_after("b3", b3, count_m2, lambda decay: decay.complement)
-    return _weight(resolve_decay("b3", b3, count_m2)[1], count_m2)
+    name = _DECAYS[weight]
+    decay = _decay(optim, AbstractMomentOptimizer, name, weight)
+    if callable(decay):
+        return _sum_after(name, decay, count, lambda decay: decay.complement)
+    return _weight(resolve_decay(name, decay, count)[1], count)
 
 
 def _decay(optim: object, cls: type, name: str, weight: str) -> HyperParamOrSchedule:
