@@ -237,6 +237,17 @@ def checked_flag(name: str, value: object) -> bool:
     return bool(value)
 
 
+def positive_int(name: str, value: object) -> int:
+    """A number of steps, checked. It becomes a counter of 32 bits."""
+    is_int = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if is_int and 1 <= value <= np.iinfo(np.int32).max:
+        return int(value)
+    raise ValueError(
+        f"`{name}` is {describe(value)}, but an int from 1 to 2**31 - 1 was expected: "
+        "the number of steps of the run."
+    )
+
+
 def check_one_divisor(bias_correct_m1: bool, normalize: bool) -> None:
     if bias_correct_m1 and normalize:
         raise ValueError(

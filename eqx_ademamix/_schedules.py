@@ -5,7 +5,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from numbers import Real
-from typing import Any, ClassVar, TypeAlias, cast
+from typing import Any, ClassVar, TypeAlias, cast, overload
 
 import equinox as eqx
 import jax
@@ -757,17 +757,20 @@ def in_words(schedule: object) -> str:
 
 
 _LOG_HALF = math.log(0.5)
-Numbers: TypeAlias = (
-    int
-    | float
-    | np.number[Any]
-    | Shaped[Array, "*shape"]
-    | Shaped[np.ndarray, "*shape"]
-)
+_Number: TypeAlias = int | float | np.number[Any]
+_Numbers: TypeAlias = _Number | Shaped[Array, "*shape"] | Shaped[np.ndarray, "*shape"]
 
 
+@overload
+def half_life(b: _Number) -> float: ...
+@overload
+def half_life(b: Shaped[Array, "*shape"]) -> Float[Array, "*shape"]: ...
+@overload
+def half_life(b: Shaped[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]: ...
 @no_type_check
-def half_life(b: Numbers) -> Numbers:
+def half_life(
+    b: _Numbers,
+) -> float | Float[Array, "*shape"] | Float[np.ndarray, "*shape"]:
     r"""The number of steps after which an average with the decay $\beta$ keeps half of
     what it held: $\log 0.5 / \log \beta$. The inverse of
     [`eqx_ademamix.from_half_life`][].
@@ -803,8 +806,18 @@ def half_life(b: Numbers) -> Numbers:
     return xp.where(x > 0, _LOG_HALF / xp.log1p(safe - 1.0), 0.0)
 
 
+@overload
+def from_half_life(steps: _Number) -> float: ...
+@overload
+def from_half_life(steps: Shaped[Array, "*shape"]) -> Float[Array, "*shape"]: ...
+@overload
+def from_half_life(
+    steps: Shaped[np.ndarray, "*shape"],
+) -> Float[np.ndarray, "*shape"]: ...
 @no_type_check
-def from_half_life(steps: Numbers) -> Numbers:
+def from_half_life(
+    steps: _Numbers,
+) -> float | Float[Array, "*shape"] | Float[np.ndarray, "*shape"]:
     r"""The decay $\beta = 0.5^{1 / \text{steps}}$ of an average that keeps half of what
     it held after a number of steps. The inverse of [`eqx_ademamix.half_life`][].
 

@@ -180,8 +180,7 @@ class SimplifiedAdEMAMix(
     ):
         r"""**Arguments:** those of [`eqx_ademamix.AdEMAMix`][], except:
 
-        - `b1`: $\beta_1$, the decay of $m$, in [0, 1); or a schedule. The state keeps $n$
-            for both.
+        - `b1`: $\beta_1$, the decay of $m$, in [0, 1); or a schedule.
         - `alpha`: $\alpha$, the extra weight of the current gradient, at least 0; or a
             schedule. Schedules are called with `state.count`.
         - `state_format`: its entry `m2` says how $m$ is stored.

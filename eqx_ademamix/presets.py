@@ -1,7 +1,7 @@
 """Ready-made optimizers: published recipes, each with its source.
 
-Each function returns an `AdEMAMix`, with its schedules of the learning rate, of `b3` and
-of `alpha`. Gradient clipping is a part of the recipes: put `optax.clip_by_global_norm`
+Each function returns an `AdEMAMix` with its schedules of the learning rate, `b3` and
+`alpha`. Gradient clipping is a part of the recipes: put `optax.clip_by_global_norm`
 before the preset, with the number that `clip_norm` has for it.
 
 All functions also take the arguments of `AdEMAMix` by keyword. A number for
@@ -22,7 +22,6 @@ from typing import Any, Literal, NamedTuple, TypedDict, TypeVar, Unpack
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from ._ademamix import AdEMAMix
@@ -32,9 +31,9 @@ from ._hyperparams import (
     HyperParamLikeOrSchedule,
     finite,
     hyperparam,
+    positive_int,
 )
 from ._learning_rate_scale import Scales
-from ._paths import describe
 from ._schedules import (
     LearningRateSchedule,
     alpha_scheduler,
@@ -173,7 +172,7 @@ def paper(
         ```
     """
     row = _row("size", size, _PAPER)
-    steps = _checked_steps(total_steps)
+    steps = positive_int("total_steps", total_steps)
     rate = _warmup_cosine(steps, warmup=3000, start=0.0, end=1e-5 / row.peak)
     return _made(_Recipe(row.peak, rate, 0.9999, row.alpha, steps, 0.1), overrides)
 
@@ -218,7 +217,7 @@ def benchmark(total_steps: int, **overrides: Unpack[Overrides]) -> AdEMAMix:
         assert presets.benchmark(128_000).b3.beta_end == 0.9999
         ```
     """
-    steps = _checked_steps(total_steps)
+    steps = positive_int("total_steps", total_steps)
     rate = _warmup_cosine(steps, warmup=2000, start=0.01, end=0.01)
     b3 = 0.999 if steps <= 32_000 else 0.9999
     return _made(_Recipe(1e-3, rate, b3, 8.0, steps, 0.1), overrides)
@@ -289,7 +288,9 @@ def apertus(
         ```
     """
     row = _row("size", size, _APERTUS)
-    steps = _checked_steps(row.total_steps if total_steps is None else total_steps)
+    steps = positive_int(
+        "total_steps", row.total_steps if total_steps is None else total_steps
+    )
     rate = _warmup_stable_decay(steps, row.warmup, row.cooldown, end=0.1)
     warmup = min(100_000, steps)
     return _made(_Recipe(row.peak, rate, 0.9999, 8.0, warmup, 0.1), overrides)
@@ -330,7 +331,7 @@ def short_run(total_steps: int, **overrides: Unpack[Overrides]) -> AdEMAMix:
         assert abs(optim.learning_rate(500) - 3e-3) < 1e-9
         ```
     """
-    steps = _checked_steps(total_steps)
+    steps = positive_int("total_steps", total_steps)
     rate = _warmup_cosine(steps, warmup=steps // 10, start=0.0, end=0.01)
     return _made(_Recipe(1e-3, rate, _b3_for(steps, 0.999), 5.0, steps, 0.1), overrides)
 
@@ -362,7 +363,7 @@ def finetune(total_steps: int, **overrides: Unpack[Overrides]) -> AdEMAMix:
         assert optim.learning_rate(3000) == 0.0
         ```
     """
-    steps = _checked_steps(total_steps)
+    steps = positive_int("total_steps", total_steps)
     # As in transformers, where a share of the steps is rounded up.
     rate = _warmup_linear(steps, warmup=math.ceil(0.03 * steps))
     return _made(_Recipe(5e-6, rate, 0.99, 8.0, steps, 0.0), overrides)
@@ -410,7 +411,7 @@ def from_adamw_recipe(
         assert optim.learning_rate is schedule
         ```
     """
-    steps = _checked_steps(total_steps)
+    steps = positive_int("total_steps", total_steps)
     b3 = _b3_for(steps, 0.9999)
     recipe = _Recipe(learning_rate, None, b3, 5.0, steps, weight_decay)
     return _made(recipe, overrides)
@@ -477,16 +478,6 @@ def _row(name: str, key: object, rows: Mapping[Any, T]) -> T:
             "one that is closest to your run."
         )
     return rows[key]
-
-
-def _checked_steps(total_steps: object) -> int:
-    is_int = isinstance(total_steps, int | np.integer)
-    if is_int and not isinstance(total_steps, bool) and total_steps >= 1:
-        return int(total_steps)
-    raise ValueError(
-        f"`total_steps` is {describe(total_steps)}, but a positive int was expected: "
-        "the number of steps of the run."
-    )
 
 
 def _b3_for(steps: int, largest: float) -> float:

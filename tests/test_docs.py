@@ -23,17 +23,17 @@ DOCS = sorted((ROOT / "docs").glob("**/*.md"))
 PAGES = (ROOT / "README.md", *DOCS)
 MKDOCS = (ROOT / "mkdocs.yml").read_text()
 API = "".join(page.read_text() for page in sorted((ROOT / "docs/api").glob("*.md")))
-PUBLIC: dict[str, Any] = {
-    name: obj
-    for name, obj in vars(eqx_ademamix).items()
-    if not name.startswith("_") and not inspect.ismodule(obj)
-}
-PUBLIC |= {
+PRESETS = {
     f"presets.{name}": obj
     for name, obj in vars(eqx_ademamix.presets).items()
     if inspect.isfunction(obj)
     and obj.__module__ == "eqx_ademamix.presets"
     and not name.startswith("_")
+}
+PUBLIC: dict[str, Any] = PRESETS | {
+    name: obj
+    for name, obj in vars(eqx_ademamix).items()
+    if not name.startswith("_") and not inspect.ismodule(obj)
 }
 BLOCK = re.compile(r"^( *)```python\n(.*?)^\1```", re.DOTALL | re.MULTILINE)
 ONE_PROGRAM = "<!-- The Python blocks of this page are one program. -->"

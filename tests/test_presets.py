@@ -289,7 +289,7 @@ def test_clip_norm(args: Any, norm: float):
         (
             lambda: presets.short_run(0),
             ValueError,
-            "`total_steps` is the int 0, but a positive",
+            "`total_steps` is the int 0, but an int",
         ),
         (lambda: presets.finetune(-5), ValueError, "`total_steps` is the int -5, but"),
         (

@@ -43,7 +43,7 @@ def optimizer(**fields: Any) -> AdEMAMix:
 
 
 def beta(b: Any, t: int) -> float:
-    return 1 - float(b.complement(t)) if callable(b) else b
+    return 1 - float(b.complement(t)) if hasattr(b, "complement") else b
 
 
 def reference(b1: Any, b2: Any, steps: int) -> tuple[np.ndarray, float, float]:
@@ -75,7 +75,9 @@ def run(optim: Any, steps: int, state: Any = None) -> tuple[Any, Any]:
     ),
 )
 def test_against_the_reference(b1: Any, b2: Any):
-    as_complement = lambda b: b if hasattr(b, "complement") or not callable(b) else b(0)
+    as_complement: Any = lambda b: (
+        b if hasattr(b, "complement") or not callable(b) else b(0)
+    )
     for steps in (1, 2, 12):
         updates, state = run(optimizer(b1=b1, b2=b2), steps)
         direction, w1, w2 = reference(as_complement(b1), as_complement(b2), steps)
@@ -132,7 +134,7 @@ def test_without_schedules_nothing_changes():
 
 def test_types_traces_and_the_last_counter():
     optim, p = optimizer(b1=LOG_TIME, b2=LATER, b3=LOG_TIME), jnp.ones(3)
-    state = init(optim, p)
+    state: Any = init(optim, p)
     assert state.m1_weight.dtype == state.nu_weight.dtype == jnp.float32
     counted, traces = count_traces(lambda g, s: update(optim, g, s, p))
     step = jax.jit(counted)
@@ -178,7 +180,7 @@ def test_in_wrappers_formats_and_chains():
             types = tree_type(state)
             updates, state = update(optim, g, state, p)
             assert tree_type(state) == types
-        assert np.isfinite(np.asarray(updates, np.float32)).all()
+            assert np.isfinite(np.asarray(updates, np.float32)).all()
 
 
 def test_simplified():

@@ -56,8 +56,8 @@ def extend(
     - `state`: its state, with concrete counters: call this outside of `jit`.
     - `warmup`: the new length, counted from the beginning of the slow average, as in
         the schedules' own argument. The present values are computed in float64.
-    - `total_steps`: the new end of an [`eqx_ademamix.alpha_cooldown_scheduler`][], which
-        is needed if `alpha` is one. The cool-down keeps its length and must not have
+    - `total_steps`: the new end of an [`eqx_ademamix.alpha_cooldown_scheduler`][]. An
+        `alpha` that is one needs it. The cool-down keeps its length and must not have
         begun. The warm-up inside of it gets the new length.
 
     **Returns:**
