@@ -22,7 +22,7 @@ import eqx_ademamix
 
 
 #
-# The weights on past gradients (after Figure 3b of the paper)
+# The weights on past gradients (after Figure 3a of the paper)
 #
 
 

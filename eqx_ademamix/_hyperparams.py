@@ -237,7 +237,7 @@ def checked_flag(name: str, value: object) -> bool:
     return bool(value)
 
 
-def positive_int(name: str, value: object) -> int:
+def positive_int(name: str, value: Any) -> int:
     """A number of steps, checked. It becomes a counter of 32 bits."""
     is_int = isinstance(value, int | np.integer) and not isinstance(value, bool)
     if is_int and 1 <= value <= np.iinfo(np.int32).max:

@@ -189,8 +189,8 @@ def _texts(values: Array | np.ndarray, form: str) -> list[str]:
 def _values(value: Any, steps: np.ndarray) -> Array:
     """The values at some steps. A schedule is called with a traced counter, as in a
     jitted step."""
-    at = lambda t: wide(value(t) if callable(value) else value)
-    return jax.vmap(at)(jnp.asarray(steps, jnp.int32))
+    at: Any = value if callable(value) else lambda t: value
+    return jax.vmap(lambda t: wide(at(t)))(jnp.asarray(steps, jnp.int32))
 
 
 def _half_lives(value: Any, steps: np.ndarray) -> Array | np.ndarray:

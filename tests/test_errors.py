@@ -1023,9 +1023,9 @@ CASES = (
         "`alpha` has dtype complex64, but a real number",
     ),
     (
-        "a schedule for b1",
-        make(1e-3, b1=lambda count: 0.9),
-        "`b1` is the function `<lambda>`, but a number",
+        "a schedule for eps",
+        make(1e-3, eps=lambda count: 1e-8),
+        "`eps` is the function `<lambda>`, but a finite number >= 0",
     ),
     (
         "16-bit b1",

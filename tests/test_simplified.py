@@ -1762,9 +1762,9 @@ ERRORS: dict[str, Any] = {
     "decay negative": (make(1e-3, weight_decay=-0.1), "`weight_decay` is -0.1"),
     "16-bit b1": (make(1e-3, BF16), "`b1` is a bfloat16 array of shape"),
     "16-bit b2": (make(1e-3, b2=BF16), "`b2` is a bfloat16 array of shape"),
-    "a schedule for b2": (
-        make(1e-3, b2=lambda count: 0.9),
-        "`b2` is the function `<lambda>`, but a number",
+    "a schedule for eps": (
+        make(1e-3, eps=lambda count: 1e-8),
+        "`eps` is the function `<lambda>`, but a finite number >= 0",
     ),
     "a scheduled 16-bit b1": (
         updated(SimplifiedAdEMAMix(1e-3, lambda count: BF16)),
