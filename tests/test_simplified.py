@@ -834,7 +834,7 @@ def test_what_the_state_is():
     with x64():
         state = SimplifiedAdEMAMix(1e-3).init(mixed_params())
         names = [field.name for field in dataclasses.fields(SimplifiedAdEMAMixState)]
-        assert names == ["count", "num", "m", "nu"]
+        assert names == ["count", "num", "m", "nu", "nu_weight"]
         assert (state.count.dtype, state.count.shape) == (jnp.int32, ())
         assert (state.num.dtype, state.num.shape) == (jnp.float64, ())
         assert {k: (state.m[k].dtype.name, state.nu[k].dtype.name) for k in DTYPES} == {
