@@ -42,6 +42,7 @@ from ._moments import tree_zeros_like as tree_zeros_like
 from ._optimizer import AbstractOptimizer as AbstractOptimizer
 from ._optimizer import init as init
 from ._optimizer import update as update
+from ._review import review as review
 from ._schedule_report import plot_schedules as plot_schedules
 from ._schedule_report import schedule_report as schedule_report
 from ._schedules import AlphaCooldownSchedule as AlphaCooldownSchedule

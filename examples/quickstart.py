@@ -47,6 +47,8 @@ def main() -> None:
         weight_decay=0.1,
         weight_decay_mask=eqx_ademamix.decay_mask(model),
     )
+    for sentence in eqx_ademamix.review(optim, num_steps=NUM_STEPS):
+        print(sentence)
     state = eqx_ademamix.init(optim, model)
 
     rng = np.random.default_rng(0)

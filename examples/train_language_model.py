@@ -159,6 +159,14 @@ class Run:
         self.train_losses: list[float | Array] = []  # one per step
         self.validation_losses: list[tuple[int, float]] = []  # (step, loss) pairs
 
+    def review(self) -> None:
+        """Prints what an expert would say of AdEMAMix. Usually that is nothing."""
+        if self.config.optimizer == "adamw":
+            return
+        members = [clip, self.optim]
+        for sentence in eqx_ademamix.review(members, num_steps=self.config.steps):
+            print(sentence, file=sys.stderr)
+
     def tree(self) -> dict[str, Any]:
         """What a checkpoint holds. `load` compares the settings, and loads the rest."""
         self.train_losses = [float(loss) for loss in self.train_losses]
@@ -280,6 +288,7 @@ def main() -> int:
             if config.resume:
                 run.resume()
             else:
+                run.review()
                 run.save()  # so that even a very short run can be resumed
         for run in runs:
             run.train(interrupt, config.steps)

@@ -1497,6 +1497,48 @@ CASES = (
         "`bias_correct_m1` and `normalize` are both true, but each divides",
     ),
     (
+        "review of no steps",
+        lambda: eqx_ademamix.review(OPTIM, num_steps=0),
+        r"`num_steps` is the int 0, but an int from 1 to 2\*\*31 - 1 was expected",
+    ),
+    (
+        "review of 1e5 steps",
+        lambda: eqx_ademamix.review(OPTIM, num_steps=1e5),
+        "`num_steps` is the float 100000.0, but an int from 1 to",
+    ),
+    (
+        "review of a chain",
+        lambda: eqx_ademamix.review(optax.chain(OPTIM), num_steps=9),
+        "`optim` is a `GradientTransformationExtraArgs`, but `review` sees no optimizer of this package in it",
+    ),
+    (
+        "review of a wrapped chain",
+        lambda: eqx_ademamix.review(Compensated(optax.chain(OPTIM)), num_steps=9),
+        "`optim` is a `Compensated`, but `review` sees no optimizer of this package in it",
+    ),
+    (
+        "review of a list without an optimizer of ours",
+        lambda: eqx_ademamix.review([optax.sgd(1.0)], num_steps=9),
+        "`optim` is a list of length 1, but `review` sees no optimizer of this package in it",
+    ),
+    (
+        "review of a list with a model",
+        lambda: eqx_ademamix.review([OPTIM, MODEL], num_steps=9),
+        r"`optim\[1\]` is an `MLP`, but an optimizer was expected. The list has the",
+    ),
+    (
+        "review of a list with a class",
+        lambda: eqx_ademamix.review([AdEMAMix], num_steps=9),
+        r"`optim\[0\]` is the class `AdEMAMix`, but an optimizer was expected",
+    ),
+    (
+        "review under jit",
+        lambda: jax.jit(
+            lambda a: eqx_ademamix.review(AdEMAMix(1e-3, alpha=a), num_steps=9)
+        )(1.0),
+        "`alpha` is traced, but `review` reads numbers. Call it outside of `jit`",
+    ),
+    (
         "extend SimplifiedAdEMAMix",
         lambda: eqx_ademamix.extend(SIMPLIFIED, init(SIMPLIFIED, MODEL), warmup=9),
         "`optim` is a `SimplifiedAdEMAMix`, but this function supports only an `AdEMAMix`",
