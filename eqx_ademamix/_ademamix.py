@@ -8,6 +8,7 @@ import optax
 from jaxtyping import Array
 
 from ._filters import FilterSpec, with_python_bools
+from ._guards import limited_ratio
 from ._hyperparams import (
     HyperParam,
     HyperParamLike,
@@ -22,9 +23,11 @@ from ._hyperparams import (
     finite,
     hyperparam,
     hyperparam_or_schedule,
+    limit,
     non_negative,
     resolve,
     resolve_decay,
+    resolve_limit,
 )
 from ._learning_rate_scale import Scales, checked_scales
 from ._numerics import (
@@ -109,6 +112,9 @@ class AdEMAMix(AbstractMomentOptimizer[AdEMAMixState, Hyperparams]):
     bias_correct_m2: bool = eqx.field(static=True)
     decoupled_weight_decay: bool = eqx.field(static=True)
     learning_rate_scale: Scales
+    max_slow_ratio: HyperParam | None
+    clip_update_rms: HyperParam | None
+    skip_nonfinite: bool = eqx.field(static=True)
 
     @staticmethod
     def averages(g: Array, m: Moments[Array], h: Hyperparams) -> Moments[Array]:
@@ -125,6 +131,8 @@ class AdEMAMix(AbstractMomentOptimizer[AdEMAMixState, Hyperparams]):
         m1_hat = g if m.m1 is None else times(1 / h._bias1, m.m1)  # b1 = 0: m1 is g
         m2_hat = m.m2 if h._m2_weight is None else times(1 / h._m2_weight, m.m2)
         nu_hat = times(1 / h._bias2, m.nu)
+        if h._max_slow_ratio is not None:
+            m2_hat = limited_ratio(m2_hat, nu_hat, h._max_slow_ratio)
         denominator = jnp.sqrt(nu_hat + h._eps_root) + h._eps
         return over(m1_hat + times(h.alpha, m2_hat), denominator)
 
@@ -152,6 +160,10 @@ class AdEMAMix(AbstractMomentOptimizer[AdEMAMixState, Hyperparams]):
             _m2_weight=self._weight_of_m2(state, decay3),
             _eps=resolve("eps", self.eps, count, non_negative),
             _eps_root=resolve("eps_root", self.eps_root, count, non_negative),
+            _max_slow_ratio=resolve_limit("max_slow_ratio", self.max_slow_ratio, count),
+            _clip_update_rms=resolve_limit(
+                "clip_update_rms", self.clip_update_rms, count
+            ),
         )
 
     def _weight_of_m2(self, state: AdEMAMixState, decay3: Decay) -> Scalar | None:
@@ -196,6 +208,9 @@ class AdEMAMix(AbstractMomentOptimizer[AdEMAMixState, Hyperparams]):
         bias_correct_m2: bool = False,
         decoupled_weight_decay: bool = False,
         learning_rate_scale: Scales = 1.0,
+        max_slow_ratio: HyperParamLike | None = None,
+        clip_update_rms: HyperParamLike | None = None,
+        skip_nonfinite: bool = False,
     ):
         r"""**Arguments:**
 
@@ -240,6 +255,36 @@ class AdEMAMix(AbstractMomentOptimizer[AdEMAMixState, Hyperparams]):
             the model or like a prefix of it. Each is a number or an array over the
             first axes of its parameters, for stacked layers. Usually
             [`eqx_ademamix.path_scales`][]`(model, rules)`.
+        - `max_slow_ratio`: $r > 0$, or `None`, which is off. Inside of the update, the
+            magnitude of each entry of $m_2$ (divided by its weight with
+            `bias_correct_m2`) is clipped to $r \sqrt{\hat \nu}$. The $m_2$ in the state
+            stays as it is. So the slow average never moves an entry by more than
+            $\alpha r$ learning rates per step, even where the gradients have stopped,
+            and $\sqrt{\hat \nu}$ decays faster than $m_2$. The recommended value is 1.
+            The weights $w_i$ of the gradients in $m_2$ add up to at most 1, so
+            $|m_2|^2 = |\sum_i w_i g_i|^2 \le \sum_i w_i |g_i|^2$ (Jensen). For
+            stationary gradients, the mean of the right-hand side is at most that of
+            $\hat \nu$. So $|m_2|$ exceeds $\sqrt{\hat \nu}$ by much only where
+            gradients have become smaller. [Guards](../guards.md#in-normal-training)
+            says how often that happens in training.
+        - `clip_update_rms`: $c > 0$, or `None`, which is off. The direction $d$ of each
+            leaf, which is the fraction in the last line of the algorithm, is multiplied
+            by $\min(1, c / \text{RMS}(d))$, before the learning rate and the decay. So
+            no leaf moves further than $c$ learning rates in the mean. The leaf counts
+            as a whole: layers that are stacked in one array share one RMS, and so do
+            all shards of an array, except inside of `jax.shard_map`, where each shard
+            has its own. In a vmapped update, each member has its own. StableAdamW
+            (Wortsman et al. 2023, arXiv:2304.13013, Algorithm 2) divides the learning
+            rate of each leaf by
+            $\max(1, \text{RMS}(g / \sqrt{\hat \nu}))$, the clipping of Adafactor. That
+            reacts to a sudden large gradient, but not to a slow average that is too
+            large. $d$ contains both.
+        - `skip_nonfinite`: whether a step with a NaN or an infinity in the gradients of
+            the trained leaves is skipped: the updates are 0 (without weight decay), and
+            the moments and the counters keep all of their bits. The state counts such
+            steps in `skipped`. All devices decide alike, and each member of a vmapped
+            update decides for itself. It is what `optax.apply_if_finite` does without
+            a limit on the number of errors, but without another state around this one.
 
         Schedules are called with the number of steps taken so far (0, 1, 2, ...), as in
         optax. The paper's $t$ is one more.
@@ -269,6 +314,9 @@ class AdEMAMix(AbstractMomentOptimizer[AdEMAMixState, Hyperparams]):
             "decoupled_weight_decay", decoupled_weight_decay
         )
         self.learning_rate_scale = checked_scales(learning_rate_scale)
+        self.max_slow_ratio = limit("max_slow_ratio", max_slow_ratio)
+        self.clip_update_rms = limit("clip_update_rms", clip_update_rms)
+        self.skip_nonfinite = checked_flag("skip_nonfinite", skip_nonfinite)
         scheduled = ("learning_rate", "b1", "b2", "b3", "alpha", "weight_decay")
         check_schedules(self, scheduled)
         check_eps(self.eps, self.eps_root)

@@ -135,6 +135,20 @@ def check_weights(state: AbstractMomentState[Any], used: tuple[str, ...]) -> Non
             )
 
 
+def check_skipped(state: AbstractMomentState[Any], skips: bool) -> None:
+    """Checks that a state counts skipped steps if the optimizer can skip steps."""
+    skipped = state.skipped
+    if skips and skipped is not None:
+        check_counter("skipped", skipped)
+    elif skips or skipped is not None:
+        expected = "counts" if skips else "does not count"
+        raise ValueError(
+            f"state.skipped is {describe(skipped)}, but this optimizer {expected} "
+            "skipped steps. Was `skip_nonfinite` different when the state was created? "
+            "Convert it with `change_state_format(state, optim, params)`."
+        )
+
+
 def _check_weight(name: str, weight: object) -> None:
     shape, dtype = getattr(weight, "shape", None), getattr(weight, "dtype", None)
     if shape != () or dtype not in (jnp.float32, jnp.float64):
@@ -149,7 +163,7 @@ def _check_weight(name: str, weight: object) -> None:
 
 def check_progress(state: AbstractMomentState[Any]) -> None:
     """Checks the values of the counters and sums of a state, where they are known."""
-    for name in state.counters:
+    for name in (*state.counters, "skipped"):
         check_count(f"state.{name}", getattr(state, name))
     for name in state.weights:
         _check_sum(f"state.{name}", getattr(state, name))

@@ -38,6 +38,7 @@ class Domain(NamedTuple):
 
 
 finite = Domain(math.isfinite, "a finite number")
+positive = Domain(lambda x: 0 < x < np.inf, "a finite number > 0")
 non_negative = Domain(lambda x: 0 <= x < np.inf, "a finite number >= 0")
 positive = Domain(lambda x: 0 < x < np.inf, "a finite number > 0")
 fraction = Domain(lambda x: 0 <= x <= 1, "a number in [0, 1]")
@@ -85,6 +86,18 @@ def _number(value: HyperParamLike, dtype: DType | None = None) -> float:
             return float(np.asarray(value, np.float64).astype(dtype or np.float64))
         except OverflowError:  # of a Python int
             return math.inf
+
+
+def limit(name: str, value: object) -> HyperParam | None:
+    """Checks the limit of a guard. `None` is no limit."""
+    if value is None:
+        return None
+    text = f"{positive.text}, or None for no limit,"
+    return hyperparam(name, value, positive._replace(text=text))
+
+
+def resolve_limit(name: str, value: object, count: Array) -> Scalar | None:
+    return None if value is None else resolve(name, value, count, positive)
 
 
 def hyperparam_or_schedule(
@@ -268,6 +281,7 @@ class AbstractHyperparams(eqx.Module):
     learning_rate: eqx.AbstractVar[Scalar]
     weight_decay: eqx.AbstractVar[Scalar]
     _eps: eqx.AbstractVar[Scalar]
+    _clip_update_rms: eqx.AbstractVar[Scalar | None]
 
     def __repr__(self) -> str:
         """Shows numbers, where Equinox would show `f32[]`."""
@@ -336,6 +350,8 @@ class Hyperparams(AbstractHyperparams):
     _m2_weight: Scalar | None = eqx.field(repr=False)  # after this step
     _eps: Scalar = eqx.field(repr=False)
     _eps_root: Scalar = eqx.field(repr=False)
+    _max_slow_ratio: Scalar | None = eqx.field(repr=False)
+    _clip_update_rms: Scalar | None = eqx.field(repr=False)
 
 
 class SimplifiedHyperparams(AbstractHyperparams):
@@ -358,3 +374,4 @@ class SimplifiedHyperparams(AbstractHyperparams):
     _divisor: Scalar = eqx.field(repr=False)  # of alpha g + m
     _eps: Scalar = eqx.field(repr=False)
     _eps_root: Scalar = eqx.field(repr=False)
+    _clip_update_rms: Scalar | None = eqx.field(repr=False)

@@ -422,7 +422,7 @@ def find(
 def _scalars(state: Node) -> list[str]:
     """The fields of a state that count steps or add up weights."""
     if isinstance(state, AbstractMomentState):
-        names = (*state.counters, *state.weights)
+        names = (*state.counters, *state.weights, "skipped")
         return [name for name in names if getattr(state, name) is not None]
     fields = getattr(state, "_fields", ())
     return [name for name in ("count", "count_m2", "t") if name in fields]
@@ -526,7 +526,9 @@ def _as_injected(
         if name in fields.difference(_NOT_INJECTED):
             own = getattr(optim, name)
             used = _used(name, own, value, schedules.get(key))
-            optim = eqx.tree_at(lambda o, name=name: getattr(o, name), optim, used)
+            where = lambda o, name=name: getattr(o, name)
+            # A guard that is off is None.
+            optim = eqx.tree_at(where, optim, used, is_leaf=lambda x: x is None)
     return optim
 
 

@@ -89,14 +89,14 @@ def after(done: Any, waiting: Tree) -> tuple[Any, Tree]:
     is_traced = any(isinstance(x, Tracer) for x in arrays)
     # Inside of `jax.shard_map`, a barrier would make arrays that are equal on all
     # devices, such as a bias, vary as a split weight does.
-    if not is_traced or len({_axes(x) for x in arrays}) > 1:
+    if not is_traced or len({varying_axes(x) for x in arrays}) > 1:
         return done, waiting
     return eqx.combine(_barrier(host), rest)
 
 
-def _axes(x: Array) -> frozenset[str]:
-    """The axes over which an array inside of `jax.shard_map` varies."""
-    aval = jax.typeof(x)
+def varying_axes(x: Array) -> frozenset[str]:
+    """The axes over which an array inside of `jax.shard_map` varies, if JAX knows."""
+    aval = getattr(x, "aval", None)
     axes = getattr(aval, "vma", None)  # replaced by `mat` in later versions
     return getattr(getattr(aval, "mat", None), "varying", axes) or frozenset()
 

@@ -138,9 +138,10 @@ def largest_gradient(*kept: DType) -> float:
     return 0.75 * math.sqrt(float(jnp.finfo(narrowest).max))
 
 
-def clip_magnitude(x: Any, bound: float, xp: ModuleType = jnp) -> Any:
-    """A real or complex array with its magnitudes clipped to a bound. Infinities and
-    NaNs pass unchanged. `xp` is the module of the array, NumPy or `jax.numpy`."""
+def clip_magnitude(x: Any, bound: float | Array, xp: ModuleType = jnp) -> Any:
+    """A real or complex array with its magnitudes clipped to a bound, or to an array of
+    real bounds. Infinities and NaNs pass unchanged. `xp` is the module of the array,
+    NumPy or `jax.numpy`."""
     if not xp.iscomplexobj(x):
         return xp.where(xp.isinf(x), x, xp.clip(x, -bound, bound))
     # The magnitude itself may overflow, so it is `scale * norm`, and `norm` is at least

@@ -22,9 +22,11 @@ from ._hyperparams import (
     finite,
     hyperparam,
     hyperparam_or_schedule,
+    limit,
     non_negative,
     resolve,
     resolve_decay,
+    resolve_limit,
 )
 from ._learning_rate_scale import Scales, checked_scales
 from ._numerics import (
@@ -101,6 +103,8 @@ class SimplifiedAdEMAMix(
     normalize: bool = eqx.field(static=True)
     decoupled_weight_decay: bool = eqx.field(static=True)
     learning_rate_scale: Scales
+    clip_update_rms: HyperParam | None
+    skip_nonfinite: bool = eqx.field(static=True)
 
     @staticmethod
     def averages(
@@ -145,6 +149,9 @@ class SimplifiedAdEMAMix(
             _divisor=divisor,
             _eps=resolve("eps", self.eps, count, non_negative),
             _eps_root=resolve("eps_root", self.eps_root, count, non_negative),
+            _clip_update_rms=resolve_limit(
+                "clip_update_rms", self.clip_update_rms, count
+            ),
         )
 
     @property
@@ -177,6 +184,8 @@ class SimplifiedAdEMAMix(
         normalize: bool = False,
         decoupled_weight_decay: bool = False,
         learning_rate_scale: Scales = 1.0,
+        clip_update_rms: HyperParamLike | None = None,
+        skip_nonfinite: bool = False,
     ):
         r"""**Arguments:** those of [`eqx_ademamix.AdEMAMix`][], except:
 
@@ -187,6 +196,8 @@ class SimplifiedAdEMAMix(
         - `bias_correct_m1`: whether to divide by $n$.
         - `normalize`: whether to divide by $n + \alpha$. Cannot be combined with
             `bias_correct_m1`.
+
+        There is no `max_slow_ratio`, since there is no fast average beside $m$.
 
         **Raises:**
 
@@ -211,6 +222,8 @@ class SimplifiedAdEMAMix(
             "decoupled_weight_decay", decoupled_weight_decay
         )
         self.learning_rate_scale = checked_scales(learning_rate_scale)
+        self.clip_update_rms = limit("clip_update_rms", clip_update_rms)
+        self.skip_nonfinite = checked_flag("skip_nonfinite", skip_nonfinite)
         check_schedules(self, ("learning_rate", "b1", "b2", "alpha", "weight_decay"))
         check_eps(self.eps, self.eps_root)
         check_one_divisor(self.bias_correct_m1, self.normalize)

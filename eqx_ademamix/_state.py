@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from beartype import beartype
 from jaxtyping import Array, Float, Inexact, Int, Int32, PyTree, UInt32, jaxtyped
 
+from ._guards import Taken, chosen
 from ._hyperparams import H, Hyperparams, SimplifiedHyperparams
 from ._paths import Node, flatten
 from ._storage.codec import Encoded
@@ -35,6 +36,7 @@ class AbstractMomentState(eqx.Module, Generic[H]):
     weights: ClassVar[tuple[str, ...]]
 
     count: eqx.AbstractVar[Int32[Array, ""]]
+    skipped: eqx.AbstractVar[Int32[Array, ""] | None]
 
     @property
     @abc.abstractmethod
@@ -47,15 +49,18 @@ class AbstractMomentState(eqx.Module, Generic[H]):
         cls,
         moments: Moments[PyTree],
         weights: tuple[str, ...],
+        skips: bool,
         zero: Callable[[Any], Array],
     ) -> Any:  # beartype cannot check `Self`
         """The state before the first step, from moments of zeros. `weights` are those
-        of the state's weights that the optimizer uses. `zero` makes a scalar of a
-        dtype: each is a buffer of its own, so that all can be donated."""
+        of the state's weights that the optimizer uses, and `skips` says whether it can
+        skip a step. `zero` makes a scalar of a dtype: each is a buffer of its own, so
+        that all can be donated."""
 
     @abc.abstractmethod
-    def after(self, moments: Moments[PyTree], h: H) -> Any:
-        """The state after a step, from the new moments."""
+    def after(self, moments: Moments[PyTree], h: H, taken: Taken) -> Any:
+        """The state after a step, from the moments that it keeps. If the step is not
+        taken, all counters and weights stay, and `skipped` grows."""
 
 
 S = TypeVar("S", bound=AbstractMomentState[Any])
@@ -80,6 +85,8 @@ class AdEMAMixState(AbstractMomentState[Hyperparams]):
         `m2`, $1 - \prod_i \beta_3(i)$, a scalar of the default float. Otherwise `None`.
     - `m1_weight`, `nu_weight`: if `b1` or `b2` is a schedule, the same of `m1` or `nu`,
         by which its bias is corrected. Otherwise `None`.
+    - `skipped`: with `skip_nonfinite`, the number of steps that were skipped, an int32
+        scalar, which saturates as the counters do. Otherwise `None`.
     """
 
     names: ClassVar[Moments[str]] = Moments("m1", "m2", "nu")
@@ -94,6 +101,7 @@ class AdEMAMixState(AbstractMomentState[Hyperparams]):
     m2_weight: Float[Array, ""] | None
     m1_weight: Float[Array, ""] | None
     nu_weight: Float[Array, ""] | None
+    skipped: Int32[Array, ""] | None
 
     @no_type_check
     def __init__(
@@ -106,6 +114,7 @@ class AdEMAMixState(AbstractMomentState[Hyperparams]):
         m2_weight: Float[Array, ""] | None = None,
         m1_weight: Float[Array, ""] | None = None,
         nu_weight: Float[Array, ""] | None = None,
+        skipped: Int32[Array, ""] | None = None,
     ):
         """**Arguments:** as the attributes.
 
@@ -115,11 +124,13 @@ class AdEMAMixState(AbstractMomentState[Hyperparams]):
             arrays in shape.
         """
         _check_scalars(count, count_m2, m2_weight, m1_weight, nu_weight)
+        _check_skipped(skipped)
         check_trees(m2, nu, m1)
         self.count, self.count_m2 = count, count_m2
         self.m1, self.m2, self.nu = m1, m2, nu
         self.m2_weight = m2_weight
         self.m1_weight, self.nu_weight = m1_weight, nu_weight
+        self.skipped = skipped
 
     @property
     def moments(self) -> Moments[PyTree]:
@@ -130,17 +141,24 @@ class AdEMAMixState(AbstractMomentState[Hyperparams]):
         cls,
         moments: Moments[PyTree],
         weights: tuple[str, ...],
+        skips: bool,
         zero: Callable[[Any], Array],
     ) -> "AdEMAMixState":
         sums = [zero(float) if name in weights else None for name in cls.weights]
-        return cls(zero(jnp.int32), zero(jnp.int32), *moments, *sums)
+        skipped = zero(jnp.int32) if skips else None
+        return cls(zero(jnp.int32), zero(jnp.int32), *moments, *sums, skipped=skipped)
 
-    def after(self, moments: Moments[PyTree], h: Hyperparams) -> "AdEMAMixState":
-        counts = next_count(self.count), next_count(self.count_m2)
-        m2_weight = _next_weight(self.m2_weight, h._m2_weight)
-        m1_weight = _next_weight(self.m1_weight, h._bias1)
-        nu_weight = _next_weight(self.nu_weight, h._bias2)
-        return AdEMAMixState(*counts, *moments, m2_weight, m1_weight, nu_weight)
+    def after(
+        self, moments: Moments[PyTree], h: Hyperparams, taken: Taken
+    ) -> "AdEMAMixState":
+        counts = self.count, self.count_m2
+        counts = chosen(taken, tuple(map(next_count, counts)), counts)
+        m2_weight = _next_weight(self.m2_weight, h._m2_weight, taken)
+        m1_weight = _next_weight(self.m1_weight, h._bias1, taken)
+        nu_weight = _next_weight(self.nu_weight, h._bias2, taken)
+        sums = m2_weight, m1_weight, nu_weight
+        skipped = _next_skipped(self.skipped, taken)
+        return AdEMAMixState(counts[0], counts[1], *moments, *sums, skipped)
 
 
 class SimplifiedAdEMAMixState(AbstractMomentState[SimplifiedHyperparams]):
@@ -158,6 +176,7 @@ class SimplifiedAdEMAMixState(AbstractMomentState[SimplifiedHyperparams]):
         real.
     - `nu_weight`: if `b2` is a schedule, the sum of the weights of all squares in `nu`,
         a scalar of the default float. Otherwise `None`.
+    - `skipped`: as in [`eqx_ademamix.AdEMAMixState`][].
     """
 
     names: ClassVar[Moments[str]] = Moments(None, "m", "nu")
@@ -169,6 +188,7 @@ class SimplifiedAdEMAMixState(AbstractMomentState[SimplifiedHyperparams]):
     m: MomentTree
     nu: SquareTree
     nu_weight: Float[Array, ""] | None
+    skipped: Int32[Array, ""] | None
 
     @no_type_check
     def __init__(
@@ -178,6 +198,7 @@ class SimplifiedAdEMAMixState(AbstractMomentState[SimplifiedHyperparams]):
         m: MomentTree,
         nu: SquareTree,
         nu_weight: Float[Array, ""] | None = None,
+        skipped: Int32[Array, ""] | None = None,
     ):
         """**Arguments:** as the attributes.
 
@@ -187,10 +208,11 @@ class SimplifiedAdEMAMixState(AbstractMomentState[SimplifiedHyperparams]):
             arrays in shape.
         """
         _check_sums(count, num, nu_weight)
+        _check_skipped(skipped)
         check_trees(m, nu, m)
         self.count, self.num = count, num
         self.m, self.nu = m, nu
-        self.nu_weight = nu_weight
+        self.nu_weight, self.skipped = nu_weight, skipped
 
     @property
     def moments(self) -> Moments[PyTree]:
@@ -201,24 +223,32 @@ class SimplifiedAdEMAMixState(AbstractMomentState[SimplifiedHyperparams]):
         cls,
         moments: Moments[PyTree],
         weights: tuple[str, ...],
+        skips: bool,
         zero: Callable[[Any], Array],
     ) -> "SimplifiedAdEMAMixState":
         nu_weight = zero(float) if "nu_weight" in weights else None
-        return cls(zero(jnp.int32), zero(float), moments.m2, moments.nu, nu_weight)
+        skipped = zero(jnp.int32) if skips else None
+        counters = zero(jnp.int32), zero(float)
+        return cls(*counters, moments.m2, moments.nu, nu_weight, skipped)
 
     def after(
-        self, moments: Moments[PyTree], h: SimplifiedHyperparams
+        self, moments: Moments[PyTree], h: SimplifiedHyperparams, taken: Taken
     ) -> "SimplifiedAdEMAMixState":
-        count, num = next_count(self.count), h._num.astype(self.num.dtype)
-        nu_weight = _next_weight(self.nu_weight, h._bias2)
-        return SimplifiedAdEMAMixState(count, num, moments.m2, moments.nu, nu_weight)
+        new = next_count(self.count), h._num.astype(self.num.dtype)
+        counters = chosen(taken, new, (self.count, self.num))
+        nu_weight = _next_weight(self.nu_weight, h._bias2, taken)
+        skipped = _next_skipped(self.skipped, taken)
+        sums = nu_weight, skipped
+        return SimplifiedAdEMAMixState(*counters, moments.m2, moments.nu, *sums)
 
 
 def _next_weight(
-    old: Float[Array, ""] | None, new: Float[Array, ""] | None
+    old: Float[Array, ""] | None, new: Float[Array, ""] | None, taken: Taken
 ) -> Float[Array, ""] | None:
     """A sum of weights after a step, if the state keeps it."""
-    return None if old is None or new is None else new.astype(old.dtype)
+    if old is None or new is None:
+        return None
+    return chosen(taken, new.astype(old.dtype), old)
 
 
 class CompensatedState(eqx.Module):
@@ -249,6 +279,13 @@ def next_count(count: Int32[Array, ""]) -> Int32[Array, ""]:
     return jnp.minimum(count, jnp.iinfo(jnp.int32).max - 1) + 1
 
 
+def _next_skipped(
+    skipped: Int32[Array, ""] | None, taken: Taken
+) -> Int32[Array, ""] | None:
+    """The number of skipped steps after a step, `None` if none can be skipped."""
+    return None if skipped is None else chosen(taken, skipped, next_count(skipped))
+
+
 #
 # The types of the fields, which bind wherever a state is made
 #
@@ -268,6 +305,10 @@ def _check_scalars(
 def _check_sums(
     count: Int32[Array, ""], num: Float[Array, ""], nu_weight: Float[Array, ""] | None
 ) -> None: ...
+
+
+@jaxtyped(typechecker=beartype)
+def _check_skipped(skipped: Int32[Array, ""] | None) -> None: ...
 
 
 def check_trees(m2: PyTree, nu: PyTree, m1: PyTree) -> None:

@@ -1,4 +1,6 @@
 """The step that all optimizers share: select, check, resolve, apply, rebuild."""
+# The step reads the limit of its own hyperparameters.
+# pyright: reportPrivateUsage=false
 
 import abc
 import enum
@@ -17,6 +19,7 @@ from ._checks import (
     check_alive,
     check_not_empty,
     check_params_given,
+    check_skipped,
     check_state_type,
     check_step,
     check_weights,
@@ -28,6 +31,7 @@ from ._filters import (
     select,
     trained_arrays,
 )
+from ._guards import Taken, chosen, is_taken, limited_rms, update_if
 from ._hyperparams import (
     AbstractHyperparams,
     H,
@@ -96,6 +100,7 @@ class AbstractMomentOptimizer(AbstractOptimizer[S], Generic[S, H]):
     state_format: eqx.AbstractVar[StateFormat]
     decoupled_weight_decay: eqx.AbstractVar[bool]
     learning_rate_scale: eqx.AbstractVar[Scales]
+    skip_nonfinite: eqx.AbstractVar[bool]
 
     @property
     @abc.abstractmethod
@@ -150,19 +155,28 @@ class AbstractMomentOptimizer(AbstractOptimizer[S], Generic[S, H]):
         fmt, has_params = self.state_format, params is not None
         check_step(selection, state, fmt, has_m1=self.has_m1, has_params=has_params)
         check_weights(state, self.weights)
+        check_skipped(state, self.skip_nonfinite)
         # 3. Resolve
         h = self.resolve(state)
         plans = _plans(self, selection)
         # 4. Apply
-        leaves = _apply(type(self), state, selection, plans, h, has_params)
+        taken = self._taken(state, selection)
+        leaves = _apply(type(self), state, selection, plans, h, taken, has_params)
         # 5. Rebuild
         like = selection.like
         updates = like.rebuilt(_spread([update for update, _ in leaves], like))
         moments = _rebuilt(like, [moments for _, moments in leaves])
-        return updates, state.after(moments, h)
+        return updates, state.after(moments, h, taken)
 
     def __hash__(self) -> int:
         return hash_of(self)
+
+    def _taken(self, state: S, selection: Selection) -> Taken:
+        """Whether the step is taken, if this optimizer can skip one."""
+        if not self.skip_nonfinite:
+            return None
+        pairs = ((leaf.grad, leaf.trained) for leaf in selection.leaves)
+        return is_taken([g for g, x in pairs if x is not None], state.count)
 
     @property
     def has_decay(self) -> bool:
@@ -190,8 +204,9 @@ def start(
     as_scales(optim.learning_rate_scale, trained, "learning_rate_scale")
     arrays = [x for x in trained.values if x is not None]
     blank = [place(_zeros(optim.state_format, x, optim.has_m1)) for x in arrays]
-    zero = scalars_beside(arrays)
-    return optim.state_type.start(_rebuilt(trained, blank), optim.weights, zero)
+    zero, moments = scalars_beside(arrays), _rebuilt(trained, blank)
+    skips = optim.skip_nonfinite
+    return optim.state_type.start(moments, optim.weights, skips, zero)
 
 
 def _zeros(fmt: StateFormat, param: Array | Struct, has_m1: bool) -> Moments[Stored]:
@@ -247,6 +262,7 @@ def _apply(
     selection: Selection,
     plans: list[Plan],
     h: AbstractHyperparams,
+    taken: Taken,
     has_params: bool,
 ) -> list[tuple[Array, Moments[Stored]]]:
     """Applies a rule to each trained leaf. Returns their updates and moments, which are
@@ -264,7 +280,7 @@ def _apply(
         key = state.count, path_words(jtu.keystr(leaf.path))
         if isinstance(scale, float):
             scale = wide(scale)  # traced: a new number compiles nothing
-        args = g, m2, nu, m1, p, scale, scalars(real), key
+        args = g, m2, nu, m1, p, scale, scalars(real), key, taken
         update, moments = _leaf_step(rule, state.names, decay, *args)
         if is_in_host:
             moments = placed_as(moments, leaf.moments)
@@ -304,6 +320,7 @@ def _leaf_step(
     scale: Float[Array, "..."] | None,
     h: AbstractHyperparams,
     key: Key,
+    taken: Taken,
 ) -> tuple[Inexact[Array, "*leaf"], Moments[Stored]]:
     """The step on one leaf: decode, average, store, combine. It is jitted, so that all
     leaves of one type are traced, lowered and type-checked once."""
@@ -317,6 +334,8 @@ def _leaf_step(
     # If the averages and the direction shared one clipped gradient, XLA on CPUs would
     # materialize it. Where it is infinite, the averages are, too.
     u = saturated(rule.direction(clamped(whole, largest), averages, h))
+    if h._clip_update_rms is not None:
+        u = limited_rms(u, h._clip_update_rms)
     rate = _rate(h.learning_rate, scale, g.ndim)
     if decay is WeightDecay.none or p is None:
         update = times(-rate, u)
@@ -324,7 +343,8 @@ def _leaf_step(
         update = times(-rate, saturated(u + times(h.weight_decay, cast(p, real))))
     else:
         update = times(-rate, u) - saturated(times(h.weight_decay, cast(p, real)))
-    return in_type_of(like, saturated(update)), stored
+    update = update_if(taken, in_type_of(like, saturated(update)))
+    return update, chosen(taken, stored, old)
 
 
 def _rate(

@@ -444,6 +444,18 @@ CASES = (
     ),
     # the state
     (
+        "without skipped",
+        lambda: update(AdEMAMix(1, skip_nonfinite=True), GRADS, STATE, MODEL),
+        r"state\.skipped is None, but this optimizer counts skipped steps. "
+        r"Was `skip_nonfinite` different when the state was created\? Convert it with",
+    ),
+    (
+        "skipped without the guard",
+        lambda: update(OPTIM, GRADS, init(AdEMAMix(1, skip_nonfinite=True), MODEL)),
+        r"state\.skipped is an int32 array of shape \(\), but this optimizer does not "
+        "count skipped steps",
+    ),
+    (
         "without m2_weight",
         lambda: update(AdEMAMix(1, bias_correct_m2=True), GRADS, STATE, MODEL),
         r"state\.m2_weight is None, but this optimizer keeps one. "
@@ -971,6 +983,36 @@ CASES = (
         "alpha negative",
         make(1e-3, alpha=-1),
         "`alpha` is -1.0, but a finite number >= 0",
+    ),
+    (
+        "max_slow_ratio of 0",
+        make(1e-3, max_slow_ratio=0),
+        "`max_slow_ratio` is 0.0, but a finite number > 0, or None for no limit, was",
+    ),
+    (
+        "clip_update_rms too small for float32",
+        make(1e-3, clip_update_rms=1e-60),
+        r"`clip_update_rms` is 1e-60 \(0.0 in float32\), but a finite number > 0, or None",
+    ),
+    (
+        "clip_update_rms infinite",
+        make(1e-3, clip_update_rms=jnp.asarray(jnp.inf)),
+        "`clip_update_rms` is inf, but a finite number > 0, or None for no limit",
+    ),
+    (
+        "a schedule as a limit",
+        make(1e-3, max_slow_ratio=lambda count: 1.0),
+        "`max_slow_ratio` is .*, but a finite number > 0, or None for no limit, was",
+    ),
+    (
+        "a bool as a limit",
+        make(1e-3, clip_update_rms=True),
+        "`clip_update_rms` is the bool True, but a finite number > 0, or None",
+    ),
+    (
+        "skip_nonfinite is a number",
+        make(1e-3, skip_nonfinite=1),
+        "`skip_nonfinite` is the int 1, but a bool was expected",
     ),
     (
         "alpha infinite",
@@ -1985,7 +2027,8 @@ def test_the_net_behind_our_checks():
     from eqx_ademamix import _step
 
     def core(*leaves: Any) -> Any:
-        rest = None, OPTIM.resolve(STATE), (STATE.count, np.zeros(2, np.uint32))
+        key = STATE.count, np.zeros(2, np.uint32)
+        rest = None, OPTIM.resolve(STATE), key, None
         decay = _step.WeightDecay.none
         return _step._leaf_step(AdEMAMix, STATE.names, decay, *leaves, *rest)
 

@@ -100,6 +100,7 @@ def from_adamw(
         m2_weight=blank.m2_weight,
         m1_weight=weight_after(blank, optim, "m1_weight", count),
         nu_weight=weight_after(blank, optim, "nu_weight", count),
+        skipped=blank.skipped,
     )
     return continued(tree, ours, opt_state)
 

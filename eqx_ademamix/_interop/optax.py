@@ -93,6 +93,7 @@ def _ademamix(opt_state: PyTree, optim: object, blank: AdEMAMixState) -> AdEMAMi
         m2_weight=weight_after(blank, optim, "m2_weight", count_m2),
         m1_weight=weight_after(blank, optim, "m1_weight", count),
         nu_weight=weight_after(blank, optim, "nu_weight", count),
+        skipped=blank.skipped,
     )
 
 
@@ -108,6 +109,7 @@ def _simplified(
         m=adopted("opt_state.m", found.m, blank.m, blank.m),
         nu=adopted("opt_state.n", found.n, blank.m, blank.nu, is_real=True),
         nu_weight=weight_after(blank, optim, "nu_weight", count),
+        skipped=blank.skipped,
     )
 
 

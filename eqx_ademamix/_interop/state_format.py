@@ -53,7 +53,8 @@ def change_state_format(
     buffer is shared with `state`. If `optim` has `b1=0` and so needs no `m1`, that is
     dropped. If only one of the two has `bias_correct_m2`, then `m2_weight` is dropped,
     or computed from the `b3` of `optim` over all steps taken. So are `m1_weight` and
-    `nu_weight` if `b1` or `b2` is a schedule in only one of the two.
+    `nu_weight` if `b1` or `b2` is a schedule in only one of the two. If only one of
+    them has `skip_nonfinite`, then `skipped` is dropped, or starts at 0.
 
     **Raises:**
 
@@ -81,9 +82,12 @@ def change_state_format(
     cls = type(own)
     is_one = lambda x: isinstance(x, cls)
     old = find(state, is_one, of(cls), name="state")
-    for name in old.counters:
+    for name in (*old.counters, *(["skipped"] if old.skipped is not None else [])):
         check_counter(name, getattr(old, name))
-    ours = _in_format_of(own, old, _new_weights(own, old, optim))
+    scalars = _new_weights(own, old, optim)
+    if _differ(own.skipped, old.skipped):
+        scalars["skipped"] = own.skipped
+    ours = _in_format_of(own, old, scalars)
     new = lambda x: ours if is_one(x) else _copied_if_array(x)
     return jax.tree.map(new, state, is_leaf=is_one)
 
@@ -103,10 +107,10 @@ def _new_weights(
 def _in_format_of(
     own: AbstractMomentState[Any],
     old: AbstractMomentState[Any],
-    weights: dict[str, Any],
+    scalars: dict[str, Any],
 ) -> AbstractMomentState[Any]:
     """A copy of an old state, with its moments stored as those of our `own` are, and
-    with new sums of weights."""
+    with these scalars."""
     _check_m1(own, old)
     arrays, moments = decoded(old), {}
     for name in [name for name in own.names if name is not None]:
@@ -125,9 +129,9 @@ def _in_format_of(
     kept = {
         field.name: copies(getattr(old, field.name))
         for field in dataclasses.fields(old)
-        if field.name not in (*moments, *weights)
+        if field.name not in (*moments, *scalars)
     }
-    return type(old)(**kept, **moments, **weights)
+    return type(old)(**kept, **moments, **scalars)
 
 
 def _differ(x: object, y: object) -> bool:

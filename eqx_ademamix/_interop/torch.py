@@ -122,6 +122,7 @@ def from_torch(
         m2_weight=weight_after(blank, optim, "m2_weight", count_m2),
         m1_weight=weight_after(blank, optim, "m1_weight", count),
         nu_weight=weight_after(blank, optim, "nu_weight", count),
+        skipped=blank.skipped,
     )
     return continued(blank_tree, ours, None)
 

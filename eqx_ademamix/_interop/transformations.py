@@ -52,6 +52,10 @@ def ademamix(
     mu_dtype: DTypeLike | None = None,
     mask: Mask = None,
     learning_rate: optax.ScalarOrSchedule = None,  # pyright: ignore[reportArgumentType]
+    *,
+    max_slow_ratio: HyperParamLike | None = None,
+    clip_update_rms: HyperParamLike | None = None,
+    skip_nonfinite: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """AdEMAMix as an `optax.GradientTransformation`, with the argument order and the
     defaults of the known JAX implementations.
@@ -81,6 +85,8 @@ def ademamix(
         them, or a callable from the whole tree of parameters to such a tree. `None`
         means all. A module that is callable is a tree.
     - `learning_rate`: optax's name for `lr`.
+    - `max_slow_ratio`, `clip_update_rms`, `skip_nonfinite`: as in
+        [`eqx_ademamix.AdEMAMix`][].
 
     **Returns:**
 
@@ -128,6 +134,9 @@ def ademamix(
         eps_root=eps_root,
         weight_decay=weight_decay,
         state_format=_mu_format(mu_dtype),
+        max_slow_ratio=max_slow_ratio,
+        clip_update_rms=clip_update_rms,
+        skip_nonfinite=skip_nonfinite,
     )
     if warning := _frozen_m2(mu_dtype, make().b3):
         warnings.warn(warning, stacklevel=2)
@@ -145,6 +154,10 @@ def scale_by_ademamix(
     eps: HyperParamLike = 1e-8,
     eps_root: HyperParamLike = 0.0,
     mu_dtype: DTypeLike | None = None,
+    *,
+    max_slow_ratio: HyperParamLike | None = None,
+    clip_update_rms: HyperParamLike | None = None,
+    skip_nonfinite: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""The direction of AdEMAMix as an `optax.GradientTransformation`:
     $(\hat m_1 + \alpha m_2) / (\sqrt{\hat \nu + \epsilon_\text{root}} + \epsilon)$,
@@ -154,6 +167,8 @@ def scale_by_ademamix(
 
     - `b1`, `b2`, `b3`, `alpha`, `b3_scheduler`, `alpha_scheduler`, `eps`, `eps_root`,
         `mu_dtype`: as in [`eqx_ademamix.ademamix`][]. The two schedulers may be `None`.
+    - `max_slow_ratio`, `clip_update_rms`, `skip_nonfinite`: as in
+        [`eqx_ademamix.AdEMAMix`][].
 
     **Returns:**
 
@@ -189,6 +204,9 @@ def scale_by_ademamix(
         eps=eps,
         eps_root=eps_root,
         state_format=_mu_format(mu_dtype),
+        max_slow_ratio=max_slow_ratio,
+        clip_update_rms=clip_update_rms,
+        skip_nonfinite=skip_nonfinite,
     )
     if warning := _frozen_m2(mu_dtype, make().b3):
         warnings.warn(warning, stacklevel=2)
@@ -205,6 +223,9 @@ def simplified_ademamix(
     eps_root: HyperParamLike = 0.0,
     weight_decay: HyperParamLike = 0.0,
     mask: Mask = None,
+    *,
+    clip_update_rms: HyperParamLike | None = None,
+    skip_nonfinite: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Simplified AdEMAMix as an `optax.GradientTransformation`, with the arguments of
     `optax.contrib.simplified_ademamix`.
@@ -222,6 +243,7 @@ def simplified_ademamix(
     - `eps`, `eps_root`: numbers added to the denominator, outside and inside the root.
     - `weight_decay`: the strength of the decoupled weight decay.
     - `mask`: as in [`eqx_ademamix.ademamix`][].
+    - `clip_update_rms`, `skip_nonfinite`: as in [`eqx_ademamix.AdEMAMix`][].
 
     **Returns:**
 
@@ -255,6 +277,8 @@ def simplified_ademamix(
         eps=eps,
         eps_root=eps_root,
         weight_decay=weight_decay,
+        clip_update_rms=clip_update_rms,
+        skip_nonfinite=skip_nonfinite,
     )
     make()  # errors come now, and not at the first step
     return _transformation(make, mask)
@@ -267,6 +291,9 @@ def scale_by_simplified_ademamix(
     alpha: HyperParamLikeOrSchedule = 0.0,
     eps: HyperParamLike = 1e-8,
     eps_root: HyperParamLike = 0.0,
+    *,
+    clip_update_rms: HyperParamLike | None = None,
+    skip_nonfinite: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""The direction of Simplified AdEMAMix as an `optax.GradientTransformation`:
     $(\alpha g + m) / (\sqrt{\hat \nu + \epsilon_\text{root}} + \epsilon)$, with a
@@ -276,6 +303,7 @@ def scale_by_simplified_ademamix(
 
     - `b1`, `b2`, `alpha`, `eps`, `eps_root`: as in
         [`eqx_ademamix.simplified_ademamix`][].
+    - `clip_update_rms`, `skip_nonfinite`: as in [`eqx_ademamix.AdEMAMix`][].
 
     **Returns:**
 
@@ -301,7 +329,16 @@ def scale_by_simplified_ademamix(
         updates, state = tx.update(params, tx.init(params), params)
         ```
     """
-    return simplified_ademamix(-1.0, b1, b2, alpha, eps, eps_root)
+    return simplified_ademamix(
+        -1.0,
+        b1,
+        b2,
+        alpha,
+        eps,
+        eps_root,
+        clip_update_rms=clip_update_rms,
+        skip_nonfinite=skip_nonfinite,
+    )
 
 
 def _transformation(

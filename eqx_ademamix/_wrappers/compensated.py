@@ -22,7 +22,9 @@ from .._checks import (
     checked_leaves,
 )
 from .._filters import as_gradient, trained_arrays
+from .._guards import Taken, chosen
 from .._hyperparams import checked_flag
+from .._inspection import is_moment_state, states_in
 from .._numerics import (
     DType,
     as_array,
@@ -196,6 +198,7 @@ class Compensated(AbstractOptimizer[CompensatedState]):
             self.optim, g, state.inner_state, wide, **extra_args
         )
         u = _checked_updates(updates, params, like)
+        taken = _taken(state.inner_state, inner_state)
         updates16, remainder = _split(
             [x for x, r in zip(u, like.values, strict=True) if r is not None],
             wide16,
@@ -203,13 +206,22 @@ class Compensated(AbstractOptimizer[CompensatedState]):
             r16,
             _keys(like),
             state.count,
+            keeps_zero=taken is not None,
+        )
+        count, fingerprint = chosen(
+            taken,
+            (
+                next_count(state.count),
+                _fingerprint_after(given, updates16, state.fingerprint),
+            ),
+            (state.count, state.fingerprint),
         )
         updates16 = _beside(updates16, given)
         return eqx.combine(_in_tree(updates16, like), updates), CompensatedState(
             inner_state=inner_state,
             remainder=_in_tree(remainder, like),
-            count=next_count(state.count),
-            fingerprint=_fingerprint_after(given, updates16, state.fingerprint),
+            count=count,
+            fingerprint=fingerprint,
             dtypes=state.dtypes,
         )
 
@@ -300,6 +312,19 @@ def _fingerprint_after(
     if before is None:
         return None
     return fingerprint([p + u for p, u in zip(p16, updates, strict=True)])
+
+
+def _taken(before: PyTree, after: PyTree) -> Taken:
+    """Whether the wrapped optimizer took a step: not if all that can skip one did."""
+    pairs = zip(_skipped(before), _skipped(after), strict=True)
+    taken = [x == y for x, y in pairs]
+    return jnp.any(jnp.stack(taken)) if taken else None
+
+
+def _skipped(state: PyTree) -> list[Array]:
+    """The counters of skipped steps of all states inside of a state."""
+    found = [x.skipped for x in states_in(state, is_moment_state)]
+    return [x for x in found if x is not None]
 
 
 def _trained_by(
@@ -408,13 +433,28 @@ def _split(
     remainder: _Remainders,
     keys: PyTree[int],
     count: Int32[Array, ""],
+    *,
+    keeps_zero: bool = False,
 ) -> tuple[ArrayTree, _Remainders]:
     """Splits updates into those that 16-bit parameters take, and new remainders. The
-    arguments are lists of leaves, and `keys` are hashes of the leaves' paths."""
+    arguments are lists of leaves, and `keys` are hashes of the leaves' paths. With
+    `keeps_zero`, an update of 0 changes neither the parameter nor the remainder."""
     name = text_hash("remainder")
     leaves = zip(updates, wide, params, remainder, keys, strict=True)
     split = [_split_leaf(u, w, p, r, (count, key, name)) for u, w, p, r, key in leaves]
+    if keeps_zero:
+        old = zip(split, updates, remainder, strict=True)
+        split = [_unless_zero(u, new, r) for new, u, r in old]
     return [update for update, _ in split], [r for _, r in split]
+
+
+def _unless_zero(u: Array, new: tuple[Array, Array], r: Array) -> tuple[Array, Array]:
+    """A new update and remainder, or -0 and the old remainder where `u` is 0."""
+    update, remainder = new
+    is_zero = u == 0
+    return jnp.where(is_zero, -jnp.zeros_like(update), update), jnp.where(
+        is_zero, r, remainder
+    )
 
 
 def _split_leaf(
