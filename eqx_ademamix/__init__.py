@@ -76,6 +76,7 @@ from ._storage.format import StateFormat as StateFormat
 from ._storage.scaled import ScaledFloat8 as ScaledFloat8
 from ._storage.scaled import ScaledFloat16 as ScaledFloat16
 from ._storage.split import SplitBfloat16 as SplitBfloat16
+from ._telemetry import telemetry as telemetry
 from ._version import __version__ as __version__
 from ._wrappers.compensated import Compensated as Compensated
 from ._wrappers.offloaded import Offloaded as Offloaded

@@ -112,7 +112,7 @@ def decay_mask(
         ```
     """
 
-    excluded, included = _patterns("exclude", exclude), _patterns("include", include)
+    excluded, included = patterns("exclude", exclude), patterns("include", include)
     _check_types(skip_types)
 
     def verdict(place: _Place) -> bool:
@@ -123,7 +123,7 @@ def decay_mask(
     return jtu.tree_map_with_path(lambda path, _: flags.get(path, False), model)
 
 
-def _patterns(name: str, patterns: object) -> tuple[re.Pattern[str], ...]:
+def patterns(name: str, patterns: object) -> tuple[re.Pattern[str], ...]:
     is_one = isinstance(patterns, str | re.Pattern)
     several = (patterns,) if is_one else cast("Iterable[Any]", patterns)
     try:
