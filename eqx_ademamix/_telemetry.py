@@ -53,24 +53,24 @@ def telemetry(
 
     All numbers are about the state as it is. After an `update`, the hyperparameters are
     those of the next step, and the moments are those of the step just taken, $t$ =
-    `count`. Below, $\operatorname{rms}(x) = \sqrt{\operatorname{mean}(|x|^2)}$ is over
-    the entries of all trained arrays together.
+    `count`. Below, $\text{rms}(x) = \sqrt{\text{mean}(|x|^2)}$ is over the entries of
+    all trained arrays together.
 
-    | key | is |
-    | --- | --- |
-    | `learning_rate`, `alpha`, `b3` | as [`eqx_ademamix.hyperparams`][] gives them |
-    | `b3_half_life` | $\ln 0.5 / \ln \beta_3$, the number of steps after which a gradient has half of its weight in $m_2$ |
-    | `m1_rms` | $\operatorname{rms}(\hat m_1)$ with $\hat m_1 = m_1 / (1 - \beta_1^t)$ |
-    | `m2_rms` | $\operatorname{rms}(m_2)$ |
-    | `slow_fast_ratio` | $\alpha \operatorname{rms}(m_2) / \operatorname{rms}(\hat m_1)$ |
-    | `slow_fast_cosine` | $\operatorname{Re} \langle \hat m_1, m_2 \rangle / (\lVert \hat m_1 \rVert \lVert m_2 \rVert)$ |
-    | `nu_rms` | $\operatorname{rms}(\nu)$, without bias correction |
-    | `update_rms` | $\operatorname{rms}$ of `updates` |
-    | `param_rms` | $\operatorname{rms}$ of `params` |
-    | `update_param_ratio` | `update_rms` / `param_rms` |
-    | `grad_rms` | $\operatorname{rms}$ of `grads`; not finite if an entry of `grads` is not |
-    | `nonfinite_fraction` | the fraction of the entries of `grads` that are NaN or infinite |
-    | `skipped` | with `skip_nonfinite`, the number of steps that were skipped, an int32 |
+    - `learning_rate`, `alpha`, `b3`: as [`eqx_ademamix.hyperparams`][] gives them.
+    - `b3_half_life`: $\ln \frac12 / \ln \beta_3$, the number of steps after which a
+        gradient has half of its weight in $m_2$.
+    - `m1_rms`: $\text{rms}(\hat m_1)$ with $\hat m_1 = m_1 / (1 - \beta_1^t)$.
+    - `m2_rms`: $\text{rms}(m_2)$.
+    - `slow_fast_ratio`: $\text{rms}(\alpha m_2) / \text{rms}(\hat m_1)$.
+    - `slow_fast_cosine`: the cosine of the angle between $\hat m_1$ and $m_2$,
+        $\text{Re} \langle \hat m_1, m_2 \rangle / (\|\hat m_1\| \|m_2\|)$.
+    - `nu_rms`: $\text{rms}(\nu)$, without bias correction.
+    - `update_rms`, `param_rms`: $\text{rms}$ of `updates` and of `params`.
+    - `update_param_ratio`: the first of these two over the second.
+    - `grad_rms`: $\text{rms}$ of `grads`. It is not finite if an entry is not.
+    - `nonfinite_fraction`: the fraction of the entries of `grads` that are NaN or
+        infinite.
+    - `skipped`: with `skip_nonfinite`, the number of steps that were skipped, an int32.
 
     A quotient of two zeros is 0, so there is no NaN before the first step.
 
