@@ -59,7 +59,8 @@ def telemetry(
     - `learning_rate`, `alpha`, `b3`: as [`eqx_ademamix.hyperparams`][] gives them.
     - `b3_half_life`: $\ln \frac12 / \ln \beta_3$, the number of steps after which a
         gradient has half of its weight in $m_2$.
-    - `m1_rms`: $\text{rms}(\hat m_1)$ with $\hat m_1 = m_1 / (1 - \beta_1^t)$.
+    - `m1_rms`: $\text{rms}(\hat m_1)$ with $\hat m_1 = m_1 / (1 - \beta_1^t)$, or if
+        `b1` is a schedule, with the product of its values in place of $\beta_1^t$.
     - `m2_rms`: $\text{rms}(m_2)$.
     - `slow_fast_ratio`: $\text{rms}(\alpha m_2) / \text{rms}(\hat m_1)$.
     - `slow_fast_cosine`: the cosine of the angle between $\hat m_1$ and $m_2$,
@@ -241,16 +242,18 @@ class _Factors(NamedTuple):
     """What the numbers about averages depend on besides the averages."""
 
     alpha: Scalar
-    bias1: Scalar | None  # 1 - b1^t
-    m2_weight: Scalar | None
+    m1_weight: Scalar | None  # 1 - b1^t
+    m2_weight: Scalar | None  # with `bias_correct_m2`
 
 
 def _factors(state: AbstractMomentState[Any], h: Any) -> _Factors:
     if not isinstance(state, AdEMAMixState):
         return _Factors(h.alpha, None, None)
-    t, weight = jnp.maximum(state.count, 1).astype(float), state.m2_weight
+    t = jnp.maximum(state.count, 1).astype(float)
     bias1 = bias_factor(h._decay1.complement, t)
-    return _Factors(h.alpha, bias1, None if weight is None else weight.astype(float))
+    weights = state.m1_weight, state.m2_weight
+    m1, m2 = (None if x is None else x.astype(float) for x in weights)
+    return _Factors(h.alpha, bias1 if m1 is None else m1, m2)
 
 
 def _numbers(leaves: list[_Leaf], per_path: bool, factors: _Factors) -> Telemetry:
@@ -286,17 +289,17 @@ def _tables(
 
 
 def _by_key(numbers: Magnitudes, factors: _Factors) -> Table:
-    rms, (alpha, bias1, weight) = numbers.rms, factors
+    rms, (alpha, m1_weight, m2_weight) = numbers.rms, factors
     keys = {f"{name}_rms": x for name, x in rms.items()}
     if "update" in rms and "param" in rms:
         keys["update_param_ratio"] = quotient(rms["update"], rms["param"])
     if numbers.nonfinite is not None:
         keys["nonfinite_fraction"] = numbers.nonfinite
-    if numbers.cosine is not None and bias1 is not None:
-        slow = alpha * (rms["m2"] if weight is None else quotient(rms["m2"], weight))
-        m1_hat = rms["m1"] / bias1
-        ratio = quotient(slow, m1_hat)
-        keys |= {"m1_rms": m1_hat, "slow_fast_ratio": ratio}
+    if numbers.cosine is not None and m1_weight is not None:
+        m1_hat, m2 = quotient(rms["m1"], m1_weight), rms["m2"]
+        m2_hat = m2 if m2_weight is None else quotient(m2, m2_weight)
+        keys["m1_rms"] = m1_hat
+        keys["slow_fast_ratio"] = quotient(alpha * m2_hat, m1_hat)
         keys["slow_fast_cosine"] = numbers.cosine
     return keys
 

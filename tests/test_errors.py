@@ -1348,6 +1348,39 @@ CASES = (
         r"^`stall_report` returns Python numbers, but its arguments are traced\. Call it "
         r"outside of `jit`\.",
     ),
+    (
+        "telemetry of a chain",
+        lambda: eqx_ademamix.telemetry(optax.chain(ADAM), STATE),
+        "`optim` is .*, but an optimizer of this package was expected",
+    ),
+    (
+        "telemetry of another model's gradients",
+        lambda: eqx_ademamix.telemetry(OPTIM, STATE, grads=put(GRADS, W0, jnp.ones(3))),
+        r"^grads\.layers\[0\]\.weight " + SHAPE.format("3,", "4, 3"),
+    ),
+    (
+        "telemetry of another model",
+        lambda: eqx_ademamix.telemetry(OPTIM, STATE, params=SWAPPED),
+        r"^params\.layers\[0\]\.weight " + SHAPE.format("5, 3", "4, 3"),
+    ),
+    (
+        "telemetry of layers, but not of paths",
+        lambda: eqx_ademamix.telemetry(OPTIM, STATE, stacked="layers"),
+        r"^`stacked` names arrays whose layers get numbers of their own, but `per_path` "
+        r"is False\. Pass `per_path=True` as well\.$",
+    ),
+    (
+        "telemetry of layers that are not there",
+        lambda: eqx_ademamix.telemetry(OPTIM, STATE, per_path=True, stacked="blocks"),
+        r"^`stacked` has 'blocks', which is found in none of the 6 paths of trained "
+        r"arrays that have an axis: \.layers\[0\]\.weight, .*, \.\.\.\. Correct the "
+        r"pattern, or leave it out\.$",
+    ),
+    (
+        "telemetry with a flag that is not a bool",
+        lambda: eqx_ademamix.telemetry(OPTIM, STATE, per_path="layers"),
+        r"^`per_path` is the str 'layers', but a bool was expected\.",
+    ),
     # Many devices
     (
         "an axis that the mesh does not have",

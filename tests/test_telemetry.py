@@ -245,6 +245,15 @@ def test_corrected_slow_average(fmt: str):
     np.testing.assert_allclose(found["m2_rms"], rms(decoded(state).m2), 1e-5)
 
 
+def test_a_schedule_for_b1():
+    optim = AdEMAMix(1e-3, b1=lambda count: 0.5 + 0.1 * count.astype(float))
+    params = {"w": normal(0, (8, 64))}
+    state = init(optim, params)
+    for _ in range(3):  # the same gradient, which is the corrected average
+        _, state = update(optim, params, state)
+    np.testing.assert_allclose(telemetry(optim, state)["m1_rms"], rms(params), 1e-5)
+
+
 @pytest.mark.parametrize("b1", [0.0, jnp.zeros(())])
 def test_without_momentum_the_gradient_is_the_fast_average(b1: Any):
     optim = AdEMAMix(1e-3, b1=b1, b3=0.99)
