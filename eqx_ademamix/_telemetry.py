@@ -155,8 +155,7 @@ def _hyperparams(h: Any) -> Telemetry:
 
 
 def _skipped(state: AbstractMomentState[Any]) -> Telemetry:
-    skipped = getattr(state, "skipped", None)
-    return {} if skipped is None else {"skipped": skipped}
+    return {} if state.skipped is None else {"skipped": state.skipped}
 
 
 #

@@ -319,6 +319,18 @@ def test_gradients_that_are_not_finite(bad: float):
     assert {key for key, flag in is_finite.items() if not flag} == wrong
 
 
+@pytest.mark.parametrize("cls", [AdEMAMix, SimplifiedAdEMAMix])
+def test_skipped_steps(cls: Any):
+    params = {"w": normal(0, (4, 5))}
+    assert "skipped" not in telemetry(cls(1e-3), init(cls(1e-3), params))
+    optim = cls(1e-3, skip_nonfinite=True)
+    state = init(optim, params)
+    for factor in (1.0, np.nan, 1.0, np.inf):
+        _, state = update(optim, {"w": factor * params["w"]}, state)
+    skipped = telemetry(optim, state)["skipped"]
+    assert skipped == 2 and skipped.dtype == jnp.int32 and skipped.shape == ()
+
+
 #
 # Names
 #
