@@ -19,6 +19,9 @@ from ._interop.adamw import to_adamw as to_adamw
 from ._interop.extend import extend as extend
 from ._interop.optax import from_optax as from_optax
 from ._interop.optax import to_optax as to_optax
+from ._interop.scale import ScalingWarning as ScalingWarning
+from ._interop.scale import scale_report as scale_report
+from ._interop.scale import scale_to as scale_to
 from ._interop.state_format import change_state_format as change_state_format
 from ._interop.torch import from_torch as from_torch
 from ._interop.transformations import ScaleByAdemamixState as ScaleByAdemamixState

@@ -19,7 +19,12 @@ from ._hyperparams import (
 from ._inspection import unwrapped
 from ._optimizer import AbstractOptimizer, OptaxOptimizer
 from ._paths import describe
-from ._schedules import AlphaCooldownSchedule, AlphaSchedule, Beta3Schedule
+from ._schedules import (
+    GOOD_HALF_LIVES,
+    AlphaCooldownSchedule,
+    AlphaSchedule,
+    Beta3Schedule,
+)
 from ._simplified import SimplifiedAdEMAMix
 from ._stall import FROZEN, expected_m2_stall
 from ._storage.codec import Dense
@@ -46,9 +51,6 @@ _LONGEST_FIRST_HALF_LIFE = 69.0
 # section D.1 of the benchmark. At 64,000, the two disagree. 0.9999 has 4.6 half-lives
 # in 32,000 steps.
 _FEWEST_HALF_LIVES = 4.6
-# What to use instead is as in the presets: in Figure 17, 9 half-lives are too few, and
-# 18 are enough.
-_GOOD_HALF_LIVES = 15
 
 # An average that remembers ten times as long as the fast one at b1 = 0.9 has b3 = 0.99.
 # Ten of its half-lives are 690 steps.
@@ -221,8 +223,8 @@ class _Course(NamedTuple):
         if self.name == "alpha":
             return f"`alpha=alpha_scheduler({self.final:.4g}, warmup={num_steps})`"
         is_long = self.name == "b3" and num_steps < _FEWEST_HALF_LIVES * self.final
-        half_life = num_steps / _GOOD_HALF_LIVES if is_long else self.final
-        end = _decay_text(max(half_life, _half_life(0.1)))
+        shorter = max(num_steps / GOOD_HALF_LIVES, _half_life(0.1))
+        end = _decay_text(shorter if is_long else self.final)
         return f"`{self.name}=beta3_scheduler({end}, 0.9, warmup={num_steps})`"
 
 

@@ -850,3 +850,14 @@ def from_half_life(
         safe = xp.where(x > 0, x, 1.0)
         b = xp.where(x > 0, xp.exp2(-1.0 / safe), 0.0)
     return real_array("0.5 ** (1 / steps)", b, decay)
+
+
+# The paper's Figure 17 (arXiv:2409.03137) implies that nine half-lives of b3 in a run
+# are too few, and eighteen enough. In the middle of these two are about fifteen.
+GOOD_HALF_LIVES = 15
+
+
+def b3_for_run(steps: int | float, largest: float = 0.9999) -> float:
+    """The `b3` with fifteen half-lives in a run, at least 0.9 and at most a largest
+    one."""
+    return max(0.9, min(largest, 0.5 ** (GOOD_HALF_LIVES / steps)))

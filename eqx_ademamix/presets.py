@@ -37,6 +37,7 @@ from ._learning_rate_scale import Scales
 from ._schedules import (
     LearningRateSchedule,
     alpha_scheduler,
+    b3_for_run,
     beta3_scheduler,
 )
 from ._storage.format import StateFormat
@@ -333,7 +334,9 @@ def short_run(total_steps: int, **overrides: Unpack[Overrides]) -> AdEMAMix:
     """
     steps = positive_int("total_steps", total_steps)
     rate = _warmup_cosine(steps, warmup=steps // 10, start=0.0, end=0.01)
-    return _made(_Recipe(1e-3, rate, _b3_for(steps, 0.999), 5.0, steps, 0.1), overrides)
+    return _made(
+        _Recipe(1e-3, rate, b3_for_run(steps, 0.999), 5.0, steps, 0.1), overrides
+    )
 
 
 @no_type_check
@@ -412,7 +415,7 @@ def from_adamw_recipe(
         ```
     """
     steps = positive_int("total_steps", total_steps)
-    b3 = _b3_for(steps, 0.9999)
+    b3 = b3_for_run(steps, 0.9999)
     recipe = _Recipe(learning_rate, None, b3, 5.0, steps, weight_decay)
     return _made(recipe, overrides)
 
@@ -478,13 +481,6 @@ def _row(name: str, key: object, rows: Mapping[Any, T]) -> T:
             "one that is closest to your run."
         )
     return rows[key]
-
-
-def _b3_for(steps: int, largest: float) -> float:
-    """The value with fifteen half-lives in the run, at least 0.9 and at most a largest
-    one. The paper's Figure 17 implies that nine half-lives are too few, and eighteen
-    enough."""
-    return max(0.9, min(largest, 0.5 ** (15 / steps)))
 
 
 def _made(recipe: _Recipe, overrides: OtherOverrides) -> AdEMAMix:

@@ -282,6 +282,10 @@ def deep(leaf: Any) -> Any:
     return leaf
 
 
+def scaled_up(optim: Any) -> Any:
+    return eqx_ademamix.scale_to(optim, steps=100_000, batch_tokens=5e5, params=1e9)
+
+
 BF16 = jnp.asarray(0.9, jnp.bfloat16)
 SHAPE = r"has shape \({}\), but the optimizer state has \({}\) there. Was `init` called"
 
@@ -1612,6 +1616,31 @@ CASES = (
             lambda a: eqx_ademamix.review(AdEMAMix(1e-3, alpha=a), num_steps=9)
         )(1.0),
         "`alpha` is traced, but `review` reads numbers. Call it outside of `jit`",
+    ),
+    (
+        "scale_to of a function",
+        lambda: scaled_up(AdEMAMix(1e-3, b3=lambda t: 0.999)),
+        "`b3` is the function `<lambda>`, but there is no published fit for such",
+    ),
+    (
+        "scale_to of a learning rate of 0",
+        lambda: scaled_up(AdEMAMix(0.0)),
+        "The largest learning rate of `optim` is 0, but a positive number was expected",
+    ),
+    (
+        "scale_to of a warm-up alone",
+        lambda: scaled_up(AdEMAMix(optax.linear_schedule(0.0, 1e-3, 9))),
+        "`learning_rate` is .*, and no schedule of `optim` says how long its run is",
+    ),
+    (
+        "scale_to under jit",
+        lambda: jax.jit(lambda a: scaled_up(AdEMAMix(1e-3, alpha=a)))(1.0),
+        "`optim.alpha` is .*, but `scale_to` needs a concrete number. Call it outside",
+    ),
+    (
+        "scale_to of no steps",
+        lambda: eqx_ademamix.scale_to(OPTIM, steps=0, batch_tokens=9, params=9),
+        "`steps` is 0.0, but a finite number > 0 was expected",
     ),
     (
         "extend SimplifiedAdEMAMix",
