@@ -144,7 +144,8 @@ def train(config: Config, text: Text) -> Result:
         if step % every == 0 or step == config.steps:
             found = (float(validation_loss(run.model, half)) for half in held_out)
             losses.append((step, *found))
-    return Result(run.settings, losses, time.perf_counter() - start)
+    settings = {**config.settings, "text": text.fingerprint}
+    return Result(settings, losses, time.perf_counter() - start)
 
 
 class Experiment:

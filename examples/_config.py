@@ -53,7 +53,8 @@ class Config(TextConfig):
     """Path of the loss plot. The default is OUT/loss.png."""
     resume: bool = False
     """Continue from the newest whole checkpoint in OUT. The results are the same, bit
-    for bit."""
+    for bit. With other --steps, the run becomes longer or shorter: the warm-ups go on
+    from their present values, and the learning rate follows its new schedule."""
     compare: bool = False
     """Train with AdamW and with AdEMAMix, from the same weights on the same batches."""
     optimizer: OptimizerName = "ademamix"

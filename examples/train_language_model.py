@@ -7,7 +7,7 @@ import dataclasses
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import equinox as eqx
 import jax
@@ -18,6 +18,7 @@ import tyro
 from _config import Config
 from _interrupt import Interrupt, Interrupted
 from _plot import Curve, plot_losses
+from _recorded import meaning
 from _text import (
     DataError,
     Text,
@@ -34,7 +35,6 @@ import eqx_ademamix
 from eqx_ademamix import CheckpointError
 
 
-Tree = TypeVar("Tree")
 Optimizer: TypeAlias = (
     eqx_ademamix.AbstractOptimizer[Any] | optax.GradientTransformation
 )
@@ -69,6 +69,24 @@ def make_optimizer(config: Config, model: Transformer) -> Optimizer:
         weight_decay=config.weight_decay,
         weight_decay_mask=mask,
     )
+
+
+def warmup_starts(optim: Any) -> list[float]:
+    """Where the warm-ups start: each step, and the value there."""
+    b3, alpha = optim.b3, optim.alpha
+    return [b3.begin, b3.beta_start, alpha.begin, alpha.alpha_start]
+
+
+def with_new_length(
+    optim: Optimizer, state: PyTree, config: Config, model: Transformer
+) -> Optimizer:
+    """The optimizer of a run that now ends after `config.steps` steps. The warm-ups
+    continue from their present values, and the learning rate has its new schedule."""
+    new = make_optimizer(config, model)
+    if not isinstance(optim, eqx_ademamix.AdEMAMix):
+        return new
+    extended = eqx_ademamix.extend(optim, state, warmup=config.steps)
+    return eqx.tree_at(warmup_starts, new, warmup_starts(extended))
 
 
 #
@@ -122,19 +140,9 @@ def pairs_of(array: Float[np.ndarray, " steps"]) -> list[tuple[int, float]]:
     return [(step, loss) for step, loss in pairs if loss != NO_LOSS]
 
 
-def load_newest(paths: list[Path], like: Tree, optim: Optimizer) -> tuple[Path, Tree]:
-    """Loads the first file that is whole."""
-    errors: list[CheckpointError] = []
-    for path in paths:
-        try:
-            tree = eqx_ademamix.load(path, like, optim=optim)
-        except CheckpointError as error:
-            errors.append(error)
-            continue
-        if errors:
-            print(f"{errors[0]} This run resumes from {path}.", file=sys.stderr)
-        return path, tree
-    raise errors[0]
+def planned_steps(checkpoint: Path) -> int:
+    """The length of the run that wrote a checkpoint, which is in the file's name."""
+    return int(checkpoint.stem.rpartition("-of-")[2])
 
 
 #
@@ -147,7 +155,9 @@ class Run:
 
     def __init__(self, config: Config, text: Text):
         self.config, self.text = config, text
+        # What a resumed run must have in common with the run before it.
         self.settings = {**config.settings, "text": text.fingerprint}
+        del self.settings["steps"]
         self.name: str = config.optimizer
         self.newest: Path | None = None  # the newest checkpoint that is whole
         key = jax.random.key(config.seed)
@@ -167,27 +177,33 @@ class Run:
         for sentence in eqx_ademamix.review(members, num_steps=self.config.steps):
             print(sentence, file=sys.stderr)
 
-    def tree(self) -> dict[str, Any]:
-        """What a checkpoint holds. `load` compares the settings, and loads the rest."""
+    def tree(self, steps: int) -> dict[str, Any]:
+        """What a checkpoint holds of a run with a number of steps. `load` compares the
+        settings, and loads the rest."""
         self.train_losses = [float(loss) for loss in self.train_losses]
         train_losses = enumerate(self.train_losses, start=1)
+        is_ours = isinstance(self.optim, eqx_ademamix.AdEMAMix)
+        starts = warmup_starts(self.optim) if is_ours else []
         return {
             "settings": self.settings,
             "model": self.model,
             "state": self.state,
-            "train_losses": by_step(train_losses, self.config.steps),
-            "validation_losses": by_step(self.validation_losses, self.config.steps),
+            "warmup_starts": np.asarray(starts, np.float64),
+            "train_losses": by_step(train_losses, steps),
+            "validation_losses": by_step(self.validation_losses, steps),
         }
 
     def checkpoints(self) -> list[Path]:
         """The files of this run and of those that it replaces, the newest first."""
-        return sorted(self.config.out.glob(f"{self.name}-*.safetensors"), reverse=True)
+        pattern = f"{self.name}-*-of-*.safetensors"
+        return sorted(self.config.out.glob(pattern), reverse=True)
 
     def save(self) -> None:
         """Saves a checkpoint, and keeps the one before it."""
         step = len(self.train_losses)
-        path = self.config.out / f"{self.name}-{step:08}.safetensors"
-        eqx_ademamix.save(path, self.tree(), optim=self.optim)
+        steps = self.config.steps
+        path = self.config.out / f"{self.name}-{step:08}-of-{steps:08}.safetensors"
+        eqx_ademamix.save(path, self.tree(steps), optim=self.optim)
         unfinished = self.config.out.glob(f".{self.name}-*.tmp")  # of killed processes
         for old in {*self.checkpoints(), *unfinished} - {path, self.newest}:
             old.unlink()
@@ -199,22 +215,62 @@ class Run:
         if not paths:
             pattern = self.config.out / f"{self.name}-*.safetensors"
             raise CheckpointError(f"There is no checkpoint {pattern} to resume from.")
-        self.newest, tree = load_newest(paths, self.tree(), self.optim)
+        self.newest, tree = self.load_newest(paths)
         self.model, self.state = tree["model"], tree["state"]
         self.train_losses = [loss for _, loss in pairs_of(tree["train_losses"])]
         self.validation_losses = pairs_of(tree["validation_losses"])
+        if planned_steps(self.newest) != self.config.steps:
+            self.change_length(self.newest)
+
+    def load_newest(self, paths: list[Path]) -> tuple[Path, dict[str, Any]]:
+        """Loads the first file that is whole."""
+        errors: list[CheckpointError] = []
+        for path in paths:
+            try:
+                tree = self.load(path)
+            except CheckpointError as error:
+                errors.append(error)
+                continue
+            if errors:
+                print(f"{errors[0]} This run resumes from {path}.", file=sys.stderr)
+            return path, tree
+        raise errors[0]
+
+    def load(self, path: Path) -> dict[str, Any]:
+        """Loads a checkpoint, and the optimizer as it was then."""
+        steps = planned_steps(path)
+        tree = eqx_ademamix.load(path, self.tree(steps))
+        planned = dataclasses.replace(self.config, steps=steps)
+        self.optim = make_optimizer(planned, self.model)
+        if isinstance(self.optim, eqx_ademamix.AdEMAMix):
+            starts = tree["warmup_starts"].tolist()
+            self.optim = eqx.tree_at(warmup_starts, self.optim, starts)
+        return eqx_ademamix.load(path, tree, optim=self.optim)
+
+    def change_length(self, checkpoint: Path) -> None:
+        """Lets the run that wrote a checkpoint end after another number of steps."""
+        planned, steps = planned_steps(checkpoint), self.config.steps
+        done = len(self.train_losses)
+        if steps <= done:
+            raise CheckpointError(
+                f"--steps is {steps}, but {checkpoint} has already taken {done} steps. "
+                f"Pass a larger number, or --steps {planned} as before."
+            )
+        print(f"This run now ends after {steps} steps instead of {planned}.")
+        self.optim = with_new_length(self.optim, self.state, self.config, self.model)
 
     def train(self, interrupt: Interrupt, until: int) -> None:
         """Takes the remaining steps, up to and including step `until`."""
         steps, done = self.config.steps, len(self.train_losses)
         held_out = validation_batches(self.text.validation, self.config.context)
         title = TITLES[self.config.optimizer]
-        with tqdm(total=until, initial=done, desc=title, unit=" steps") as bar:
+        bar_format = "{desc} {n_fmt}/{total_fmt} {remaining} left{postfix}"
+        with tqdm(total=until, initial=done, desc=title, bar_format=bar_format) as bar:
             for step in range(done + 1, until + 1):
                 self.step(step)
                 if step % REPORT_EVERY == 0 or step == until:
                     bar.update(step - bar.n)
-                    bar.set_postfix(self.figures(bar.format_dict["rate"]))
+                    bar.set_postfix(self.figures())
                 is_last = interrupt.requested
                 if step % max(1, steps // NUM_EVALUATIONS) == 0 or step == until:
                     self.validation_losses.append((step, self.validate(held_out)))
@@ -236,22 +292,18 @@ class Run:
     def validate(self, held_out: Windows) -> float:
         return float(validation_loss(self.model, held_out))
 
-    def figures(self, steps_per_second: float | None) -> dict[str, str]:
-        """The values that the progress bar shows."""
+    def figures(self) -> dict[str, str]:
+        """The values that the progress bar shows. They fit into 80 columns."""
         recent = [float(loss) for loss in self.train_losses[-REPORT_EVERY:]]
-        figures = {"loss": f"{np.mean(recent):.3f}"}
         if isinstance(self.optim, eqx_ademamix.AdEMAMix):
             h = eqx_ademamix.hyperparams(self.optim, self.state)
-            figures |= {
-                "lr": f"{h.learning_rate:.1e}",
-                "alpha": f"{h.alpha:.2f}",
-                "b3": f"{h.b3:.4f}",
-            }
+            lr, shown = (
+                h.learning_rate,
+                {"alpha": f"{h.alpha:.2f}", "b3": f"{h.b3:.4f}"},
+            )
         else:
-            learning_rate = make_schedule(self.config)(len(self.train_losses))
-            figures["lr"] = f"{learning_rate:.1e}"
-        tokens = self.config.batch_size * self.config.context
-        return {**figures, "tokens/s": f"{tokens * (steps_per_second or 0):,.0f}"}
+            lr, shown = make_schedule(self.config)(len(self.train_losses)), {}
+        return {"loss": f"{np.mean(recent):.3f}", "lr": f"{lr:.1e}", **shown}
 
     def curve(self) -> Curve:
         """The losses that the plot shows."""
@@ -270,10 +322,18 @@ def report(config: Config, runs: list[Run]) -> None:
         for run, curve in zip(runs, curves, strict=True):
             rate, loss = run.config.peak_learning_rate, curve.validation[-1][1]
             print(f"{curve.label:<9}  {rate:<13g}  {loss:.4f}")
+        half_life = eqx_ademamix.half_life(config.b3)
+        if config.steps < 10 * half_life:
+            print(
+                f"\nWith b3={config.b3:g}, the slow average has a half-life of "
+                f"{half_life:.0f} steps.\nA run of {config.steps} steps is too short "
+                "to compare the two optimizers."
+            )
     else:
         key = jax.random.key(config.seed)
         sample = generate(runs[0].model, b"def ", 400, 0.8, key)
         print(bytes(sample.tolist()).decode(errors="replace"))
+        print(f"\n{meaning(config, runs[0].text.fingerprint)}")
     print(f"\nvalidation loss: {curves[-1].validation[-1][1]:.4f}")
 
 

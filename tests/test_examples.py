@@ -1,5 +1,6 @@
 """The examples work as described, even if interrupted, resumed, or misused."""
 
+import dataclasses
 import importlib
 import re
 import shutil
@@ -50,7 +51,7 @@ def checkpoints(out: Path, name: str = "ademamix") -> list[Path]:
 
 def step_of(out: Path) -> int:
     """The number of steps in the newest checkpoint, or -1 if there is none yet."""
-    return max([int(path.stem[-8:]) for path in checkpoints(out)], default=-1)
+    return max([int(path.stem.split("-")[1]) for path in checkpoints(out)], default=-1)
 
 
 def names(out: Path) -> list[str]:
@@ -87,16 +88,19 @@ def test_run_writes_checkpoint_plot_sample_and_validation_loss(finished):
     out, process = finished
     assert process.returncode == 0, process.stderr
     assert names(out) == [
-        "ademamix-00000992.safetensors",
-        "ademamix-00001000.safetensors",
+        "ademamix-00000992-of-00001000.safetensors",
+        "ademamix-00001000-of-00001000.safetensors",
         "loss.png",
     ]
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert "\ndef " in process.stdout
-    last_line = process.stdout.splitlines()[-1]
+    *_, before, _, last_line = process.stdout.splitlines()
+    assert before == "To compare this loss with that of AdamW, use --compare."
     assert re.fullmatch(r"validation loss: \d\.\d{4}", last_line)
-    for figure in ("loss=", "lr=", "alpha=5.00", "b3=0.9990", "tokens/s="):
+    for figure in ("loss=", "lr=", "alpha=5.00", "b3=0.9990"):
         assert figure in process.stderr
+    lines = re.split(r"[\r\n]", process.stderr)
+    assert max(map(len, lines)) <= 80
 
 
 def test_run_learns_and_records_its_losses(finished):
@@ -131,7 +135,58 @@ def test_interrupted_runs_resume_to_the_same_bits(finished, text, tmp_path):
         assert path.read_bytes() == expected.read_bytes()
 
 
-def interrupt(command: list[str], number: signal.Signals, out: Path, step: int) -> None:
+def test_a_run_can_become_longer_and_shorter(text, tmp_path):
+    """It gets the same bits if it is interrupted after that, and the schedules do not
+    jump."""
+    out, args = tmp_path / "out", ("--data", text, "--resume")
+    interrupt(command("--data", text, "--out", out), signal.SIGINT, out, step=200)
+    shutil.copytree(out, tmp_path / "again")
+    first = step_of(out)
+
+    process = run(*args, "--out", out, "--steps", "1200")
+    assert process.returncode == 0, process.stderr
+    said = "This run now ends after 1200 steps instead of 1000."
+    assert process.stdout.splitlines()[0] == said
+    interrupt(
+        command(*args, "--out", tmp_path / "again", "--steps", "1200"),
+        signal.SIGINT,
+        tmp_path / "again",
+        step=700,
+        steps=1200,
+    )
+    process = run(*args, "--out", tmp_path / "again", "--steps", "1200")
+    assert process.returncode == 0 and said not in process.stdout
+    newest, again = checkpoints(out)[-1], checkpoints(tmp_path / "again")[-1]
+    assert newest.name == again.name == "ademamix-00001200-of-00001200.safetensors"
+    assert newest.read_bytes() == again.read_bytes()
+
+    tensors = load_file(newest)
+    begin, _, begin_alpha, alpha = tensors["['warmup_starts']"]
+    assert begin == begin_alpha == first
+    assert alpha == pytest.approx(5.0 * first / 1000, rel=1e-12)
+    assert (tensors["['train_losses']"] > 0).sum() == 1200
+
+    # A finished run can go on, too, but not end before it has.
+    process = run(*args, "--out", out, "--steps", "1250")
+    assert process.returncode == 0 and step_of(out) == 1250
+    process = run(*args, "--out", out, "--steps", "1250")
+    assert process.returncode == 0
+    process = run(*args, "--out", out, "--steps", "1100")
+    check_error(process, "--steps is 1100, but ")
+    assert "has already taken 1250 steps" in process.stderr
+
+
+def test_a_run_of_adamw_can_become_longer(text, tmp_path):
+    args = ("--data", text, "--out", tmp_path, "--optimizer", "adamw")
+    assert run(*args, "--steps", "20").returncode == 0
+    assert run(*args, "--steps", "30", "--resume").returncode == 0
+    newest = checkpoints(tmp_path, "adamw")[-1]
+    assert newest.name == "adamw-00000030-of-00000030.safetensors"
+
+
+def interrupt(
+    command: list[str], number: signal.Signals, out: Path, step: int, steps: int = 1000
+) -> None:
     """Runs a command until its checkpoint reaches a step, then sends a signal."""
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -143,7 +198,7 @@ def interrupt(command: list[str], number: signal.Signals, out: Path, step: int) 
         stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr
     assert "--resume" in stdout and "Traceback" not in stderr
-    assert step < step_of(out) < 1000
+    assert step < step_of(out) < steps
     assert len(checkpoints(out)) == 2
 
 
@@ -157,7 +212,7 @@ def test_a_new_run_replaces_an_older_one(finished, text, tmp_path):
         (tmp_path / name).write_bytes(b"")
     process = run("--data", text, "--out", tmp_path, "--steps", "2")
     assert process.returncode == 0, process.stderr
-    new = [f"ademamix-0000000{step}.safetensors" for step in (1, 2)]
+    new = [f"ademamix-0000000{step}-of-00000002.safetensors" for step in (1, 2)]
     assert names(tmp_path) == sorted([*others, *new])
 
 
@@ -166,7 +221,9 @@ def test_compare_trains_both_and_ends_with_ademamix(tmp_path):
     process = run("--compare", "--steps", "4", "--out", tmp_path)
     assert process.returncode == 0, process.stderr
     kept = [
-        f"{i}-0000000{k}.safetensors" for i in ("adamw", "ademamix") for k in (3, 4)
+        f"{i}-0000000{k}-of-00000004.safetensors"
+        for i in ("adamw", "ademamix")
+        for k in (3, 4)
     ]
     assert names(tmp_path) == [*kept, "loss.png"]
     rows = [line.split() for line in process.stdout.splitlines()]
@@ -174,6 +231,24 @@ def test_compare_trains_both_and_ends_with_ademamix(tmp_path):
     [ademamix] = [row for row in rows if row[:1] == ["AdEMAMix"]]
     assert adamw[1] == ademamix[1] == "0.008"
     assert rows[-1] == ["validation", "loss:", ademamix[2]]
+    assert (
+        "A run of 4 steps is too short to compare the two optimizers." in process.stdout
+    )
+
+
+def test_what_a_loss_means(monkeypatch):
+    """The recorded losses are those of the file, on the same text and on another."""
+    recorded = example("_recorded", monkeypatch)
+    config = example("_config", monkeypatch).Config()
+    [(text, loss)] = recorded.recorded_losses(
+        {**config.settings, "optimizer": "adamw"}
+    ).items()
+    assert loss == pytest.approx((1.3752878904342651 + 1.3169965744018555) / 2)
+    assert "AdamW ended at 1.3461." in recorded.meaning(config, text)
+    assert "different" not in recorded.meaning(config, text)
+    assert "slightly different" in recorded.meaning(config, "another")
+    other = dataclasses.replace(config, steps=7)
+    assert "use --compare" in recorded.meaning(other, text)
 
 
 def losses_after_the_switch(
@@ -198,7 +273,9 @@ def test_switch_begins_at_adamw_and_ends_with_the_losses_of_both(text, tmp_path)
         f"validation loss after the switch: {loss:.4f} (AdamW alone: {alone:.4f})\n"
     )
     steps = {name: (19, 20) for name in ("adamw", "switched")}
-    kept = [f"{i}-{k:08}.safetensors" for i, pair in steps.items() for k in pair]
+    kept = [
+        f"{i}-{k:08}-of-00000020.safetensors" for i, pair in steps.items() for k in pair
+    ]
     assert names(tmp_path) == sorted([*kept, "switch.png"])
     assert (tmp_path / "switch.png").read_bytes().startswith(b"\x89PNG")
 
