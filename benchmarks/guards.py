@@ -123,10 +123,16 @@ def pushes(path: Path) -> dict[str, list[Push]]:
 #
 
 
-def train(config: GuardsConfig, text: Text, guards: str, seed: int) -> Result:
-    run = Run(dataclasses.replace(config, seed=seed), text)
-    assert isinstance(run.optim, AdEMAMix)
-    run.optim = dataclasses.replace(run.optim, **GUARDS[guards])
+def optimizers(config: GuardsConfig, text: Text) -> dict[str, AdEMAMix]:
+    """One for each set of guards. All seeds share it, so it is compiled once."""
+    plain = Run(config, text).optim
+    assert isinstance(plain, AdEMAMix)
+    return {name: dataclasses.replace(plain, **x) for name, x in GUARDS.items()}
+
+
+def train(config: GuardsConfig, text: Text, guards: str, optim: AdEMAMix) -> Result:
+    run = Run(config, text)
+    run.optim, seed = optim, config.seed
     run.state = eqx_ademamix.init(run.optim, run.model)
     steps, measured = config.steps, list[list[float]]()
     for step in tqdm(range(1, steps + 1), desc=f"{guards}, {seed}", unit=" steps"):
@@ -150,11 +156,13 @@ def read(path: Path) -> list[Result]:
 
 def run_missing(config: GuardsConfig, text: Text) -> list[Result]:
     path, steps = config.out / "guards_runs.jsonl", config.steps
+    optims = optimizers(config, text)
     for seed in config.seeds:
-        for guards in GUARDS:
+        for guards, optim in optims.items():
             found = [(x.guards, x.seed, x.steps) for x in read(path)]
             if (guards, seed, steps) not in found:
-                result = train(config, text, guards, seed)
+                own = dataclasses.replace(config, seed=seed)
+                result = train(own, text, guards, optim)
                 with path.open("a") as file:
                     file.write(json.dumps(dataclasses.asdict(result)) + "\n")
     return [x for x in read(path) if x.steps == steps]
