@@ -189,8 +189,9 @@ def ratio_table(results: list[Result]) -> str:
     """What was measured without guards, the largest of all seeds, early and late."""
     quantiles = ["median", *(f"{100 * q:g}th percentile" for q in QUANTILES[1:-1])]
     names = ["step", *quantiles, "largest", "share above 1", "largest RMS of a leaf"]
+    rows = early_and_late(results)
     return as_table(
-        names, [[f"{x:.3g}" for x in row] for row in early_and_late(results)]
+        names, [[f"{step:.0f}", *(f"{x:.3g}" for x in row)] for step, *row in rows]
     )
 
 

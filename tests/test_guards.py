@@ -210,9 +210,22 @@ def test_the_page_shows_what_was_measured(module: Any):
     """The tables of docs/guards.md are those of the recorded results."""
     pushes, guards = module("_pushes"), module("guards")
     found = guards.pushes(DOCS / "guards_pushes.json")
-    page = (DOCS / "guards.md").read_text()
-    for table in (pushes.silence_table(found), pushes.rare_table(found)):
-        assert table in page
+    runs = guards.read(DOCS / "guards_runs.jsonl")
+    tables = pushes.silence_table(found), pushes.rare_table(found)
+    tables += guards.loss_table(runs), guards.ratio_table(runs)
+    for table in tables:
+        assert table in (DOCS / "guards.md").read_text()
+
+
+def test_the_guards_do_not_change_normal_training(module: Any):
+    """In the recorded runs, by less than the seeds do."""
+    runs = module("guards").read(DOCS / "guards_runs.jsonl")
+    off, on = (
+        [x.validation_loss for x in runs if x.guards == guards]
+        for guards in ("off", "on")
+    )
+    assert len(off) == len(on) == 3
+    assert abs(np.mean(on) - np.mean(off)) < np.std(off)
 
 
 #
