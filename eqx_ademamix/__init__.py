@@ -8,6 +8,7 @@ from ._checkpoint.saving import load as load
 from ._checkpoint.saving import save as save
 from ._decay_mask import decay_mask as decay_mask
 from ._decay_mask import decay_report as decay_report
+from ._diagnose import diagnose as diagnose
 from ._hyperparams import Hyperparams as Hyperparams
 from ._hyperparams import SimplifiedHyperparams as SimplifiedHyperparams
 from ._inspection import decoded as decoded

@@ -1353,6 +1353,36 @@ CASES = (
         r"outside of `jit`\.",
     ),
     (
+        "diagnose of a number",
+        lambda: eqx_ademamix.diagnose(3.0),
+        "`history` is the float 3.0, but a list of dictionaries or the path of a CSV",
+    ),
+    (
+        "diagnose of one dictionary",
+        lambda: eqx_ademamix.diagnose({"step": 1}),
+        "`history` is a dict with the keys 'step', but a list of dictionaries or the path of a CSV file",
+    ),
+    (
+        "diagnose of losses",
+        lambda: eqx_ademamix.diagnose([2.0, 1.0]),
+        r"history\[0\] is the float 2.0, but a dictionary was expected, with what",
+    ),
+    (
+        "diagnose of a vector",
+        lambda: eqx_ademamix.diagnose([{"step": 1, "loss": jnp.ones(3)}]),
+        r"`history` has .* of shape \(3,\) under 'loss', but numbers or arrays of shape",
+    ),
+    (
+        "diagnose of text",
+        lambda: eqx_ademamix.diagnose([{"loss": "high"}]),
+        "`history` has rows, but no numbers under any key. A CSV file needs",
+    ),
+    (
+        "diagnose with integer parameters",
+        lambda: eqx_ademamix.diagnose([], param_dtype="int8"),
+        "`param_dtype` is the str 'int8', but a floating-point dtype was expected",
+    ),
+    (
         "telemetry of a chain",
         lambda: eqx_ademamix.telemetry(optax.chain(ADAM), STATE),
         "`optim` is .*, but an optimizer of this package was expected",
