@@ -6,10 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import matplotlib.style
 import numpy as np
 from _drawing import GRAY, RED, legend, panels, save, shades
 from _examples import TITLES, OptimizerName
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from scipy import stats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,18 +49,36 @@ class Comparison:
     repeats: Repeats
     """At the best learning rate, one run per seed."""
     longer: Mapping[int, Sequence[Result]]
-    """Longer AdamW runs at the best rate, by number of steps, one run per seed."""
+    """Longer AdamW runs at the best rate, by number of steps, with the first seeds."""
+
+    @property
+    def differences(self) -> list[float]:
+        """By how much AdEMAMix ends lower than AdamW, for each seed."""
+        pairs = zip(self.repeats["adamw"], self.repeats["ademamix"], strict=True)
+        return [adamw.reported - ours.reported for adamw, ours in pairs]
 
     @property
     def adamw(self) -> dict[int, Sequence[Result]]:
-        """All AdamW runs at the best rate, by number of steps, shortest first."""
+        """The AdamW runs with the seeds of the longer runs, by number of steps."""
         runs = self.repeats["adamw"]
-        return dict(sorted({runs[0].settings["steps"]: runs, **self.longer}.items()))
+        shortest = {runs[0].settings["steps"]: runs[: self._num_longer]}
+        return dict(sorted({**shortest, **self.longer}.items()))
+
+    @property
+    def ademamix(self) -> Sequence[Result]:
+        """The AdEMAMix runs with the seeds of the longer runs."""
+        return self.repeats["ademamix"][: self._num_longer]
+
+    @property
+    def _num_longer(self) -> int:
+        everything = self.repeats["adamw"]
+        return min(map(len, self.longer.values()), default=len(everything))
 
     @property
     def steps_needed(self) -> list[float]:
-        """How many steps AdamW needs to reach AdEMAMix's final loss, for each seed."""
-        targets = [run.reported for run in self.repeats["ademamix"]]
+        """How many steps AdamW needs to reach AdEMAMix's final loss, for each seed of
+        the longer runs."""
+        targets = reported(self.ademamix)
         losses = zip(*map(reported, self.adamw.values()), strict=True)
         lengths = list(self.adamw)
         return [
@@ -68,7 +89,7 @@ class Comparison:
     @property
     def steps_needed_by_mean(self) -> float:
         means = [statistics.mean(reported(runs)) for runs in self.adamw.values()]
-        target = statistics.mean(reported(self.repeats["ademamix"]))
+        target = statistics.mean(reported(self.ademamix))
         return steps_needed(list(self.adamw), means, target)
 
 
@@ -79,6 +100,16 @@ def best(results: Mapping[float, Result]) -> float:
 
 def reported(runs: Sequence[Result]) -> list[float]:
     return [run.reported for run in runs]
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """The 95% confidence interval of the mean, by Student's t distribution."""
+    if len(values) < 2:
+        return float("-inf"), float("inf")
+    error = _deviation(values) / len(values) ** 0.5
+    half = float(stats.t.ppf(0.975, len(values) - 1)) * error
+    mean = statistics.mean(values)
+    return mean - half, mean + half
 
 
 def steps_needed(
@@ -107,22 +138,31 @@ def steps_needed(
 def summary(comparison: Comparison) -> str:
     """The tables, in Markdown."""
     seeds = [run.settings["seed"] for run in comparison.repeats["adamw"]]
+    steps = comparison.repeats["adamw"][0].settings["steps"]
     shortest, longest = min(comparison.adamw), max(comparison.adamw)
     needed = [
-        _length(steps, shortest, longest)
-        for steps in (*comparison.steps_needed, comparison.steps_needed_by_mean)
+        _length(needed, shortest, longest)
+        for needed in (*comparison.steps_needed, comparison.steps_needed_by_mean)
     ]
-    seed_titles = [f"seed {seed}" for seed in seeds]
+    seed_titles = [f"seed {seed}" for seed in seeds[: len(comparison.ademamix)]]
+    mean = statistics.mean(comparison.differences)
+    low, high = interval(comparison.differences)
     return "\n\n".join(
         (
             f"Learning rates: final loss on the selection text, seed {seeds[0]}.",
             _table(
                 ("optimizer", "learning rate", "loss", ""), _tuning_rows(comparison)
             ),
-            "At the best rate: final loss on the reporting text, in nats per byte.",
+            f"At the best rate, after {steps} steps: final loss on the reporting text, "
+            "in nats per byte.",
             _table(
-                ("optimizer", "steps", *seed_titles, "mean", "standard deviation"),
-                _final_rows(comparison),
+                ("seed", "AdamW", "AdEMAMix", "difference"), _paired_rows(comparison)
+            ),
+            f"AdEMAMix is lower by {mean:.4f}, with a 95% confidence interval from "
+            f"{low:.4f} to {high:.4f}.",
+            "Longer runs of AdamW, with the first seeds.",
+            _table(
+                ("optimizer", "steps", *seed_titles, "mean"), _longer_rows(comparison)
             ),
             "Steps that AdamW needs to reach AdEMAMix's final loss.",
             _table((*seed_titles, "of the means"), [needed]),
@@ -139,9 +179,21 @@ def _tuning_rows(comparison: Comparison) -> list[list[str]]:
     ]
 
 
-def _final_rows(comparison: Comparison) -> list[list[str]]:
+def _paired_rows(comparison: Comparison) -> list[list[str]]:
+    columns = [reported(comparison.repeats[name]) for name in ("adamw", "ademamix")]
+    columns.append(comparison.differences)
+    seeds = [str(run.settings["seed"]) for run in comparison.repeats["adamw"]]
+    rows = [
+        *zip(seeds, *columns, strict=True),
+        ("mean", *map(statistics.mean, columns)),
+        ("standard deviation", *map(_deviation, columns)),
+    ]
+    return [[title, *(f"{value:.4f}" for value in row)] for title, *row in rows]
+
+
+def _longer_rows(comparison: Comparison) -> list[list[str]]:
     adamw = [("adamw", steps, runs) for steps, runs in comparison.adamw.items()]
-    ours = comparison.repeats["ademamix"]
+    ours = comparison.ademamix
     rows = [*adamw, ("ademamix", ours[0].settings["steps"], ours)]
     return [
         [
@@ -149,7 +201,6 @@ def _final_rows(comparison: Comparison) -> list[list[str]]:
             str(steps),
             *(f"{loss:.4f}" for loss in reported(runs)),
             f"{statistics.mean(reported(runs)):.4f}",
-            f"{_deviation(reported(runs)):.4f}",
         ]
         for name, steps, runs in rows
     ]
@@ -179,12 +230,13 @@ def plot(comparison: Comparison, path: Path) -> None:
     """Plots the losses by step, with their range over the seeds, and AdamW's final
     losses by length of the run."""
     figure, (over_steps, final) = panels(2, 10.5, 4.2)
-    adamw, ours = comparison.adamw, comparison.repeats["ademamix"]
+    adamw = {**comparison.adamw, min(comparison.adamw): comparison.repeats["adamw"]}
+    ours = comparison.repeats["ademamix"]
     colors = reversed(shades("Greys", len(adamw)))
     for color, steps in zip(colors, adamw, strict=True):
         _band(over_steps, adamw[steps], color, f"AdamW, {steps} steps")
     _band(over_steps, ours, RED, f"AdEMAMix, {ours[0].settings['steps']} steps")
-    highest = max(np.mean(reported(runs)) for runs in comparison.adamw.values())
+    highest = max(np.mean(reported(runs)) for runs in adamw.values())
     first = np.mean([run.losses[0][2] for run in comparison.repeats["adamw"]])
     over_steps.set(
         xlabel="step",
@@ -196,6 +248,32 @@ def plot(comparison: Comparison, path: Path) -> None:
     legend(over_steps)
     _draw_final(final, comparison)
     save(figure, path)
+
+
+# The backgrounds of the site's two palettes, and AdamW's gray on each of them.
+_PALETTES = {"default": ("white", GRAY), "dark_background": ("#1e2129", "lightgray")}
+
+
+def plot_home(comparison: Comparison, path: Path, style: str = "default") -> None:
+    """Plots the losses of the equally long runs by step, for a narrow screen."""
+    background, gray = _PALETTES[style]
+    with matplotlib.style.context(style):
+        figure = Figure(figsize=(5.6, 4.2), layout="constrained")
+        axes = figure.subplots()
+        axes.set_facecolor(background)
+        for name, color in (("adamw", gray), ("ademamix", RED)):
+            runs = comparison.repeats[name]
+            mean = statistics.mean(reported(runs))
+            _band(axes, runs, color, f"{TITLES[name]}: {mean:.3f}")
+        highest = max(run.reported for run in comparison.repeats["adamw"])
+        axes.set(
+            xlabel="step",
+            ylabel="validation loss (nats per byte)",
+            ylim=(None, highest + 0.45),
+            title=f"mean and range of {len(comparison.differences)} seeds",
+        )
+        axes.legend(frameon=False, fontsize="large")
+        save(figure, path, background)
 
 
 def _band(axes: Axes, runs: Sequence[Result], color: str, label: str) -> None:
@@ -210,7 +288,7 @@ def _band(axes: Axes, runs: Sequence[Result], color: str, label: str) -> None:
 def _draw_final(axes: Axes, comparison: Comparison) -> None:
     lengths = list(comparison.adamw)
     losses = np.array([reported(runs) for runs in comparison.adamw.values()])
-    ours = reported(comparison.repeats["ademamix"])
+    ours = reported(comparison.ademamix)
     axes.plot(lengths, losses, ".", color=GRAY)
     axes.plot(lengths, losses.mean(axis=1), "o-", color=GRAY, label="AdamW")
     axes.plot([lengths[0]] * len(ours), ours, ".", color=RED)

@@ -51,11 +51,11 @@ def shades(color_map: str, count: int) -> Sequence[Any]:
     ]
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Applies the common style to all axes and saves the figure on white."""
+def save(figure: Figure, path: Path, background: str = "white") -> None:
+    """Applies the common style to all axes and saves the figure."""
     for axes in figure.findobj(Axes):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_title(axes.get_title(), fontsize="medium")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150, facecolor="white")
+    figure.savefig(path, dpi=150, facecolor=background)

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import precision
+from _comparison import interval, plot_home, reported
 from _comparison import plot as plot_comparison
-from _comparison import reported
 from _drawing import Number
 from _figures_forgetting import forgetting
 from _figures_rule import past_gradients, schedules, update_norm, what_alpha_does
@@ -30,13 +30,26 @@ def train_better(path: Path, short: bool) -> list[Number]:
     found = recorded(ROOT / "docs/train_better.jsonl")
     path.parent.mkdir(parents=True, exist_ok=True)
     plot_comparison(found, path)
+    plot_home(found, path.with_name("home.png"))
+    plot_home(found, path.with_name("home_dark.png"), "dark_background")
     runs = {f"AdamW, {steps} steps": runs for steps, runs in found.adamw.items()}
-    runs["AdEMAMix, 8000 steps"] = found.repeats["ademamix"]
+    runs["AdEMAMix, 8000 steps"] = found.ademamix
     losses = (
-        Number(f"{name}: mean loss", statistics.mean(reported(each)), 5)
+        Number(f"{name}: mean loss, seeds 0 to 2", statistics.mean(reported(each)), 5)
         for name, each in runs.items()
     )
-    return [*losses, Number("steps that AdamW needs", found.steps_needed_by_mean)]
+    low, high = interval(found.differences)
+    return [
+        *losses,
+        Number("steps that AdamW needs", found.steps_needed_by_mean),
+        Number(
+            "AdamW minus AdEMAMix, 8000 steps: mean of eight seeds",
+            statistics.mean(found.differences),
+            3,
+        ),
+        Number("its 95% confidence interval, from", low, 2),
+        Number("its 95% confidence interval, to", high, 3),
+    ]
 
 
 def storage_formats(path: Path, short: bool) -> list[Number]:

@@ -4,8 +4,9 @@ Trains the transformer of `examples/train_language_model.py` on the same text. T
 takes about an hour on two cores. With the first seed, each optimizer runs at four or
 more learning rates. As long as the best rate is the lowest or the highest one, the next
 rate beyond it is tried too. Each optimizer then runs at its best rate with the other
-seeds. AdamW also runs for more steps, with schedules that span the longer run, until it
-reaches AdEMAMix's final loss. This shows how many steps AdamW needs.
+seeds. With the first three, AdamW also runs for more steps, with schedules that span
+the longer run, until it reaches AdEMAMix's final loss. This shows how many steps AdamW
+needs.
 
 The held-out text is split in half. The first half of the files selects the learning
 rates. The other half gives the reported losses.
@@ -69,8 +70,10 @@ class BetterConfig(Config):
     most_rates: int = 7
     """The maximum number of learning rates to try.
     The table shows whether the best one is still at the edge."""
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 7)
     """The seeds. The first one selects the learning rates. All are reported."""
+    longer_seeds: int = 3
+    """For how many of the seeds, the first ones, AdamW also trains for longer."""
     longer: tuple[float, ...] = (1.25, 1.5, 2.0)
     """Factors for longer AdamW runs. They are tried in order until AdamW is as good."""
     # Options of the example that differ from run to run, or that do not apply here.
@@ -88,6 +91,8 @@ class BetterConfig(Config):
             )
         if not self.seeds:
             raise ValueError("seeds is empty, but at least one is needed")
+        if self.longer_seeds < 1:
+            raise ValueError(f"longer_seeds is {self.longer_seeds}, but must be >= 1")
         if [1.0, *self.longer] != sorted({1.0, *self.longer}):
             raise ValueError(
                 f"longer is {self.longer}, but must be increasing factors above 1"
@@ -181,11 +186,13 @@ class Experiment:
             rate: self.result(name, learning_rate=rate, seed=seed) for rate in rates
         }
 
-    def repeat(self, name: OptimizerName, rate: float, steps: int) -> list[Result]:
+    def repeat(
+        self, name: OptimizerName, rate: float, steps: int, seeds: Sequence[int]
+    ) -> list[Result]:
         """One result per seed."""
         return [
             self.result(name, learning_rate=rate, seed=seed, steps=steps)
-            for seed in self.config.seeds
+            for seed in seeds
         ]
 
     def run(self) -> Comparison:
@@ -193,19 +200,22 @@ class Experiment:
         tuning: Tuning = {name: self.tune(name) for name in NAMES}
         rates = {name: best(tuning[name]) for name in NAMES}
         repeats: Repeats = {
-            name: self.repeat(name, rates[name], steps) for name in NAMES
+            name: self.repeat(name, rates[name], steps, self.config.seeds)
+            for name in NAMES
         }
         return Comparison(tuning, repeats, self.longer(rates["adamw"], repeats))
 
     def longer(self, rate: float, repeats: Repeats) -> dict[int, list[Result]]:
-        """Longer AdamW runs by length, until AdamW is as good with every seed."""
+        """Longer AdamW runs by length, until AdamW is as good with each of the first
+        seeds."""
         results: dict[int, list[Result]] = {}
-        last = repeats["adamw"]
+        seeds = self.config.seeds[: self.config.longer_seeds]
+        last, targets = (repeats[name][: len(seeds)] for name in NAMES)
         for factor in self.config.longer:
-            if is_as_good(last, repeats["ademamix"]):
+            if is_as_good(last, targets):
                 break
             steps = round(factor * self.config.steps)
-            last = results[steps] = self.repeat("adamw", rate, steps)
+            last = results[steps] = self.repeat("adamw", rate, steps, seeds)
         return results
 
 

@@ -252,8 +252,32 @@ def test_experiment_tunes_repeats_and_trains_longer(
     assert len(runs) == 10 + 2 + 4
     table = module("_comparison").summary(found)
     assert "| AdamW | 0.008 | 1.0000 | best |" in table
-    assert "| AdamW | 2500 | 1.7420 | 1.7320 | 1.7370 | 0.0071 |" in table
+    assert "| AdamW | 2500 | 1.7420 | 1.7320 | 1.7370 |" in table
+    assert "| 1 | 1.8820 | 1.7820 | 0.1000 |" in table
+    assert "| standard deviation | 0.0071 | 0.0071 | 0.0000 |" in table
     assert "| 1936 | 1936 | 1936 |" in table
+
+
+def test_only_the_first_seeds_run_for_longer(
+    module: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    runs = fake_training(module, monkeypatch)
+    options = {"longer": (2.5,), "seeds": (4, 5, 6), "longer_seeds": 2}
+    found = experiment(module, tmp_path, **options).run()
+    assert [run.seed for run in runs if run.steps == 2500] == [4, 5]
+    assert len(found.differences) == 3 and len(found.steps_needed) == 2
+    assert {steps: len(each) for steps, each in found.adamw.items()} == {
+        1000: 2,
+        2500: 2,
+    }
+
+
+def test_confidence_interval(module: Any):
+    """The quantile of Student's t with 2 degrees of freedom is 4.302653 at 97.5%."""
+    interval = module("_comparison").interval
+    half = 4.302653 / math.sqrt(3)
+    assert interval([1.0, 2.0, 3.0]) == pytest.approx((2 - half, 2 + half), rel=1e-6)
+    assert interval([1.0]) == (-math.inf, math.inf)
 
 
 def test_finished_runs_are_not_repeated(
@@ -305,6 +329,7 @@ def test_text_to_choose_by_and_text_to_report_do_not_meet(module: Any):
     (
         ({"rates": (2e-3, 1e-3)}, "must be two or more increasing numbers"),
         ({"seeds": ()}, "seeds is empty"),
+        ({"longer_seeds": 0}, "longer_seeds is 0, but must be >= 1"),
         ({"longer": (0.5,)}, "must be increasing factors above 1"),
         ({"longer": (2.0, 1.5)}, "must be increasing factors above 1"),
     ),
