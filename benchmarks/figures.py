@@ -104,7 +104,7 @@ def merged(before: Sequence[Row], new: dict[str, list[Row]]) -> list[Row]:
 
 
 def table(rows: Iterable[Row]) -> str:
-    """The numbers as a Markdown table, exactly as on the page."""
+    """The numbers as a Markdown table."""
     lines = [f"| {' | '.join(row)} |" for row in (HEADER, *rows)]
     return "\n".join([lines[0], "| --- | --- | --- |", *lines[1:]])
 

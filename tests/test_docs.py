@@ -56,7 +56,14 @@ def programs(text: str) -> list[str]:
 
 
 # The extra `recipes`, which the oldest dependencies do not have.
-OTHER_LIBRARIES = ("flax", "flowjax", "haiku", "optimistix")
+OTHER_LIBRARIES = (
+    "diffrax",
+    "flax",
+    "flowjax",
+    "haiku",
+    "optimistix",
+    "tensorboardX",
+)
 MISSING = [name for name in OTHER_LIBRARIES if not importlib.util.find_spec(name)]
 
 
