@@ -354,6 +354,27 @@ def test_search(site: Site, context: BrowserContext, width: str):
     assert problems == []
 
 
+@pytest.mark.parametrize(
+    ("words", "name"),
+    (
+        ("tensorboard", "watching.html"),
+        ("wandb", "watching.html"),
+        ("gradient accumulation", "many-devices.html"),
+        ("checkpoint", "resuming.html"),
+        ("ZeRO", "many-devices.html"),
+        ("mixed precision", "precision.html"),
+    ),
+)
+def test_search_finds_the_page(
+    site: Site, context: BrowserContext, words: str, name: str
+):
+    page, _ = visit(context, f"{site.address}/index.html")
+    search_results(page, words)
+    links = page.locator(".md-search-result__link:visible")
+    first = [links.nth(i).get_attribute("href") for i in range(2)]
+    assert any(name in str(link) for link in first), first
+
+
 def test_search_in_files(site: Site, context: BrowserContext):
     """The site also works from a folder, without a server."""
     page, problems = visit(context, (site.folder / "index.html").as_uri())
