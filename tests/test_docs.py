@@ -56,14 +56,7 @@ def programs(text: str) -> list[str]:
 
 
 # The extra `recipes`, which the oldest dependencies do not have.
-OTHER_LIBRARIES = (
-    "diffrax",
-    "flax",
-    "flowjax",
-    "haiku",
-    "optimistix",
-    "tensorboardX",
-)
+OTHER_LIBRARIES = ("diffrax", "flax", "flowjax", "haiku", "optimistix")
 MISSING = [name for name in OTHER_LIBRARIES if not importlib.util.find_spec(name)]
 
 
