@@ -199,7 +199,7 @@ def early_and_late(results: list[Result]) -> Float[np.ndarray, "rows numbers"]:
     """After 1%, 10%, 50%, and 100% of the steps."""
     off = np.array([x.measured for x in results if x.guards == "off"])
     largest = off.max(axis=0)
-    indices = [int(len(largest) * share) - 1 for share in (0.01, 0.1, 0.5, 1.0)]
+    indices = [max(0, int(len(largest) * share) - 1) for share in (0.01, 0.1, 0.5, 1.0)]
     return largest[indices]
 
 
