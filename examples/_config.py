@@ -59,6 +59,10 @@ class Config(TextConfig):
     """Train with AdamW and with AdEMAMix, from the same weights on the same batches."""
     optimizer: OptimizerName = "ademamix"
     """The optimizer to train with. Ignored with --compare."""
+    log_every: int = 10
+    """How many steps there are between two rows of the log, OUT/OPTIMIZER.csv."""
+    tensorboard: bool = False
+    """Also log for TensorBoard, to OUT/tensorboard."""
     steps: int = 8000
     """The number of steps. Every schedule spans all of them."""
     learning_rate: float | None = None
@@ -72,8 +76,9 @@ class Config(TextConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.steps < 1:
-            raise ValueError(f"steps is {self.steps}, but must be >= 1")
+        for name in ("steps", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, but must be >= 1")
         for name in ("peak_learning_rate", "alpha", "weight_decay"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be >= 0")
@@ -90,6 +95,15 @@ class Config(TextConfig):
     def settings(self) -> dict[str, float | str]:
         """Everything that affects the results, except the text."""
         settings = dataclasses.asdict(self)
-        for name in ("data", "out", "plot", "resume", "compare"):
+        others = (
+            "data",
+            "out",
+            "plot",
+            "resume",
+            "compare",
+            "log_every",
+            "tensorboard",
+        )
+        for name in others:
             del settings[name]
         return {**settings, "learning_rate": self.peak_learning_rate}

@@ -1,6 +1,6 @@
 """Plots the losses of one or more runs."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -74,6 +74,36 @@ def plot_switch(path: Path, stayed: Curve, left: Curve, switch: int) -> None:
     save_figure(figure, path)
 
 
+def plot_run(path: Path, rows: Sequence[Mapping[str, float]]) -> None:
+    """Plots the log of a run: the loss, the schedules, how the slow average compares
+    with the fast one, and the relative size of the updates."""
+    figure = Figure(figsize=(9.6, 6.4), layout="constrained")
+    loss, schedules, averages, updates = figure.subplots(2, 2, sharex=True).flat
+    column = lambda name: [row[name] for row in rows]
+    steps = column("step")
+    loss.plot(steps, column("loss"), color="tab:gray", alpha=0.4, linewidth=1)
+    loss.plot(*rolling(steps, column("loss")), color="tab:red")
+    loss.set_title("loss (nats per byte)", fontsize="medium")
+    schedules.plot(steps, column("alpha"), color="tab:red", label="alpha")
+    right = schedules.twinx()
+    right.plot(steps, [1 - x for x in column("b3")], "--", color="tab:blue")
+    right.set_yscale("log")
+    schedules.plot([], [], "--", color="tab:blue", label="$1 - b_3$")
+    schedules.set_title("alpha (left), $1 - b_3$ (right)", fontsize="medium")
+    averages.plot(steps, column("slow_fast_ratio"), color="tab:red", label="ratio")
+    averages.plot(steps, column("slow_fast_cosine"), color="tab:blue", label="cosine")
+    averages.axhline(0, color="black", linewidth=0.8)
+    averages.set_title("slow average against the fast one", fontsize="medium")
+    updates.plot(steps, column("update_param_ratio"), color="tab:red", linewidth=1)
+    updates.set_yscale("log")
+    updates.set_title("RMS of updates over RMS of parameters", fontsize="medium")
+    schedules.legend(frameon=False, loc="center right")
+    averages.legend(frameon=False)
+    for axes in (averages, updates):
+        axes.set_xlabel("step")
+    save_figure(figure, path)
+
+
 def save_figure(figure: Figure, path: Path) -> None:
     """Applies the common style to all axes and saves the figure."""
     for axes in figure.findobj(Axes):
@@ -81,6 +111,15 @@ def save_figure(figure: Figure, path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
+
+
+def rolling(
+    steps: Sequence[float], losses: Sequence[float]
+) -> tuple[Float[np.ndarray, " points"], ...]:
+    """Returns the mean step and the mean loss of each window of rows."""
+    width = max(1, len(losses) // 40)
+    kernel = np.full(width, 1 / width)
+    return tuple(np.convolve(x, kernel, mode="valid") for x in (steps, losses))
 
 
 def smooth(losses: Sequence[float]) -> tuple[Float[np.ndarray, " points"], ...]:

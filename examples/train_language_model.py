@@ -3,6 +3,7 @@
 To list the options, run `python examples/train_language_model.py --help`.
 """
 
+import contextlib
 import dataclasses
 import sys
 from collections.abc import Iterable
@@ -17,7 +18,8 @@ import optax
 import tyro
 from _config import Config
 from _interrupt import Interrupt, Interrupted
-from _plot import Curve, plot_losses
+from _log import Log
+from _plot import Curve, plot_losses, plot_run
 from _recorded import meaning
 from _text import (
     DataError,
@@ -38,6 +40,7 @@ from eqx_ademamix import CheckpointError
 Optimizer: TypeAlias = (
     eqx_ademamix.AbstractOptimizer[Any] | optax.GradientTransformation
 )
+Telemetry: TypeAlias = dict[str, Array]
 TITLES = {"adamw": "AdamW", "ademamix": "AdEMAMix"}
 REPORT_EVERY = 50  # steps
 NUM_EVALUATIONS = 16  # a checkpoint is written after each of them
@@ -104,14 +107,36 @@ def mean_loss(model: Transformer, windows: Windows) -> Float[Array, ""]:
     return optax.softmax_cross_entropy_with_integer_labels(logits, text[:, 1:]).mean()
 
 
+def one_step(
+    windows: Windows, model: Transformer, state: PyTree, optim: Optimizer
+) -> tuple[Transformer, PyTree, Float[Array, ""], tuple[PyTree, PyTree]]:
+    """A step, with its gradients and updates."""
+    loss, grads = eqx.filter_value_and_grad(mean_loss)(model, windows)
+    grads, _ = eqx_ademamix.update(clip, grads, optax.EmptyState())
+    updates, state = eqx_ademamix.update(optim, grads, state, model)
+    return eqx.apply_updates(model, updates), state, loss, (grads, updates)
+
+
 @eqx.filter_jit(donate="all-except-first")
 def train_step(
     windows: Windows, model: Transformer, state: PyTree, optim: Optimizer
 ) -> tuple[Transformer, PyTree, Float[Array, ""]]:
-    loss, grads = eqx.filter_value_and_grad(mean_loss)(model, windows)
-    grads, _ = eqx_ademamix.update(clip, grads, optax.EmptyState())
-    updates, state = eqx_ademamix.update(optim, grads, state, model)
-    return eqx.apply_updates(model, updates), state, loss
+    model, state, loss, _ = one_step(windows, model, state, optim)
+    return model, state, loss
+
+
+@eqx.filter_jit(donate="all-except-first")
+def logged_step(
+    windows: Windows, model: Transformer, state: PyTree, optim: Optimizer
+) -> tuple[Transformer, PyTree, Float[Array, ""], Telemetry]:
+    """The same step, and what the log shows of it."""
+    new_model, state, loss, (grads, updates) = one_step(windows, model, state, optim)
+    numbers: Telemetry = {}
+    if isinstance(optim, eqx_ademamix.AdEMAMix):
+        numbers = eqx_ademamix.telemetry(
+            optim, state, updates=updates, params=model, grads=grads
+        )
+    return new_model, state, loss, numbers
 
 
 @eqx.filter_jit
@@ -168,6 +193,7 @@ class Run:
         self.state = eqx_ademamix.init(self.optim, self.model)
         self.train_losses: list[float | Array] = []  # one per step
         self.validation_losses: list[tuple[int, float]] = []  # (step, loss) pairs
+        self.log: Log | None = None  # while it trains, and afterwards
 
     def review(self) -> None:
         """Prints what an expert would say of AdEMAMix. Usually that is nothing."""
@@ -265,7 +291,9 @@ class Run:
         held_out = validation_batches(self.text.validation, self.config.context)
         title = TITLES[self.config.optimizer]
         bar_format = "{desc} {n_fmt}/{total_fmt} {remaining} left{postfix}"
-        with tqdm(total=until, initial=done, desc=title, bar_format=bar_format) as bar:
+        bar = tqdm(total=until, initial=done, desc=title, bar_format=bar_format)
+        self.log = self.open_log(done)
+        with contextlib.closing(self.log), bar:
             for step in range(done + 1, until + 1):
                 self.step(step)
                 if step % REPORT_EVERY == 0 or step == until:
@@ -280,13 +308,21 @@ class Run:
                 if is_last:
                     raise Interrupted(f"Stopped after {step} of {steps} steps.")
 
+    def open_log(self, done: int) -> Log:
+        out = self.config.out
+        events = out / "tensorboard" / self.name if self.config.tensorboard else None
+        return Log(out / f"{self.name}.csv", done, events)
+
     def step(self, step: int) -> None:
-        """Takes one step without waiting for it to finish."""
+        """Takes one step without waiting for it to finish, unless it is logged."""
         size, context = self.config.batch_size, self.config.context
         windows = training_batch(self.text.train, size, context, self.config.seed, step)
-        self.model, self.state, loss = train_step(
-            windows, self.model, self.state, self.optim
-        )
+        args = windows, self.model, self.state, self.optim
+        if self.log is None or step % self.config.log_every:
+            self.model, self.state, loss = train_step(*args)
+        else:
+            self.model, self.state, loss, numbers = logged_step(*args)
+            self.log.add(step, {"loss": loss, **numbers})
         self.train_losses.append(loss)
 
     def validate(self, held_out: Windows) -> float:
@@ -316,7 +352,12 @@ def report(config: Config, runs: list[Run]) -> None:
     curves = [run.curve() for run in runs]
     plot = config.plot or config.out / "loss.png"
     plot_losses(plot, curves)
-    print(f"Loss plot saved to {plot}\n")
+    print(f"Loss plot saved to {plot}")
+    rows = runs[-1].log.rows if runs[-1].log else []
+    if rows and runs[-1].name == "ademamix":
+        plot_run(config.out / "run.png", rows)
+        print(f"Plot of the log saved to {config.out / 'run.png'}")
+    print()
     if config.compare:
         print("optimizer  learning rate  validation loss (nats per byte)")
         for run, curve in zip(runs, curves, strict=True):

@@ -1,10 +1,12 @@
 """The examples work as described, even if interrupted, resumed, or misused."""
 
+import csv
 import dataclasses
 import importlib
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -90,9 +92,12 @@ def test_run_writes_checkpoint_plot_sample_and_validation_loss(finished):
     assert names(out) == [
         "ademamix-00000992-of-00001000.safetensors",
         "ademamix-00001000-of-00001000.safetensors",
+        "ademamix.csv",
         "loss.png",
+        "run.png",
     ]
-    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    for plot in ("loss.png", "run.png"):
+        assert (out / plot).read_bytes().startswith(b"\x89PNG")
     assert "\ndef " in process.stdout
     *_, before, _, last_line = process.stdout.splitlines()
     assert before == "To compare this loss with that of AdamW, use --compare."
@@ -113,6 +118,71 @@ def test_run_learns_and_records_its_losses(finished):
     losses = tensors["['validation_losses']"][steps]
     assert losses[-1] < losses[0] < np.log(256) + 1
     assert process.stdout.endswith(f"validation loss: {losses[-1]:.4f}\n")
+
+
+def log_of(out: Path, name: str = "ademamix") -> list[dict[str, float]]:
+    with (out / f"{name}.csv").open(newline="") as file:
+        return [{k: float(x) for k, x in row.items()} for row in csv.DictReader(file)]
+
+
+def test_run_logs_its_telemetry(finished):
+    rows = log_of(finished[0])
+    assert [row["step"] for row in rows] == list(range(10, 1001, 10))
+    assert list(rows[0])[:2] == ["step", "loss"] and len(rows[0]) == 16
+    losses = load_file(checkpoints(finished[0])[-1])["['train_losses']"]
+    np.testing.assert_array_equal([np.float32(x["loss"]) for x in rows], losses[9::10])
+    for row in rows:  # the values of the next step
+        assert row["alpha"] == pytest.approx(5.0 * row["step"] / 1000, rel=1e-6)
+        assert 0 < row["slow_fast_ratio"] < 5 and -1 <= row["slow_fast_cosine"] <= 1
+        ratio = row["update_rms"] / row["param_rms"]
+        assert row["update_param_ratio"] == pytest.approx(ratio, rel=1e-5)
+        assert row["nonfinite_fraction"] == 0.0
+    assert rows[-1]["b3"] == pytest.approx(0.999, rel=1e-6)
+
+
+def event_scalars(folder: Path) -> dict[tuple[str, int], float]:
+    """The scalars in a folder of event files, by name and step. As TensorBoard does,
+    this drops what was written before about steps that a later process took again."""
+    event_pb2 = importlib.import_module("tensorboardX.proto.event_pb2")
+    found: dict[tuple[str, int], float] = {}
+    for path in sorted(folder.glob("events.*")):
+        data = path.read_bytes()
+        while data:  # the length, its checksum, an event, its checksum
+            (size,) = struct.unpack("<Q", data[:8])
+            event = event_pb2.Event.FromString(data[12 : 12 + size])
+            data = data[16 + size :]
+            if event.session_log.status == event_pb2.SessionLog.START:
+                found = {k: x for k, x in found.items() if k[1] < event.step}
+            for value in event.summary.value:
+                found[value.tag, event.step] = value.simple_value
+    return found
+
+
+def test_log_of_an_interrupted_run_has_each_step_once(finished, text, tmp_path):
+    args = ("--data", text, "--out", tmp_path, "--tensorboard")
+    interrupt(command(*args), signal.SIGINT, tmp_path, step=100)
+    path = tmp_path / "ademamix.csv"
+    # What a killed process leaves: rows of steps after the checkpoint, and half a row.
+    line = path.read_text().splitlines()[-1].split(",", 1)[1]
+    with path.open("a") as file:
+        file.write(f"900,{line}\n910,{line}\n920,2.5")
+    assert run(*args, "--resume").returncode == 0
+    rows, expected = log_of(tmp_path), log_of(finished[0])
+    assert rows == expected
+    events = event_scalars(tmp_path / "tensorboard" / "ademamix")
+    assert events == {
+        (name, row["step"]): np.float32(x)
+        for row in rows
+        for name, x in row.items()
+        if name != "step"
+    }
+
+
+def test_how_often_to_log(text, tmp_path):
+    assert run("--data", text, "--out", tmp_path, "--log-every", "400").returncode == 0
+    assert [row["step"] for row in log_of(tmp_path)] == [400, 800]
+    wrong = run("--data", text, "--out", tmp_path, "--log-every", "0")
+    assert "log_every is 0, but must be >= 1" in wrong.stderr
 
 
 def test_plot_goes_where_it_is_wanted(finished, text, tmp_path):
@@ -225,7 +295,8 @@ def test_compare_trains_both_and_ends_with_ademamix(tmp_path):
         for i in ("adamw", "ademamix")
         for k in (3, 4)
     ]
-    assert names(tmp_path) == [*kept, "loss.png"]
+    logs = ["adamw.csv", "ademamix.csv"]
+    assert names(tmp_path) == sorted([*kept, *logs, "loss.png"])
     rows = [line.split() for line in process.stdout.splitlines()]
     [adamw] = [row for row in rows if row[:1] == ["AdamW"]]
     [ademamix] = [row for row in rows if row[:1] == ["AdEMAMix"]]
