@@ -1,4 +1,6 @@
-"""Logs the hyperparameters that each step used and the size of each update.
+"""Logs the hyperparameters that each step used, and the telemetry after it.
+
+Each step averages the gradients of several batches.
 
 To list the options, run `python examples/log_hyperparameters.py --help`.
 """
@@ -10,6 +12,7 @@ from typing import TypeAlias
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import optax
 import tyro
 from _digits import Batch, batch, mean_loss, read_digits
@@ -26,6 +29,8 @@ class Config:
 
     steps: int = 2000
     """The number of steps. Every schedule spans all of them."""
+    accumulate: int = 4
+    """The number of batches whose gradients are averaged before each step."""
     b3: float = 0.999
     """The final decay rate of the slow average."""
     alpha: float = 5.0
@@ -39,23 +44,38 @@ class Config:
 Row: TypeAlias = dict[str, Float[Array, ""]]
 
 
-@eqx.filter_jit(donate="all-except-first")
-def train_step(
-    kept: tuple[eqx_ademamix.AdEMAMix, Batch],
+@eqx.filter_jit
+def train_batch(
+    optim: eqx_ademamix.AdEMAMix,
+    accumulate: int,
+    data: Batch,
     model: eqx.nn.MLP,
-    state: eqx_ademamix.AdEMAMixState,
-) -> tuple[eqx.nn.MLP, eqx_ademamix.AdEMAMixState, Row]:
-    optim, data = kept
+    state: optax.MultiStepsState,
+) -> tuple[eqx.nn.MLP, optax.MultiStepsState, Row]:
+    """Adds the gradients of a batch. Every `accumulate` batches, updates the model."""
+    multi = optax.MultiSteps(optim, every_k_schedule=accumulate)
     loss, grads = eqx.filter_value_and_grad(mean_loss)(model, data)
     used = eqx_ademamix.hyperparams(optim, state)  # before the counters advance
-    updates, state = eqx_ademamix.update(optim, grads, state, model)
-    row = {
-        "loss": loss,
-        **vars(used),
-        "gradient_norm": optax.global_norm(grads),
-        "update_norm": optax.global_norm(updates),
-    }
+    updates, state = eqx_ademamix.update(multi, grads, state, model)
+    telemetry = eqx_ademamix.telemetry(optim, state, updates=updates, params=model)
+    row = {"loss": loss, **telemetry, **vars(used)}
     return eqx.apply_updates(model, updates), state, row
+
+
+def train_step(
+    optim: eqx_ademamix.AdEMAMix,
+    batches: list[Batch],
+    model: eqx.nn.MLP,
+    state: optax.MultiStepsState,
+) -> tuple[eqx.nn.MLP, optax.MultiStepsState, Row]:
+    """Returns the numbers after the last batch, which updates the model, and the mean
+    loss."""
+    losses: list[Array] = []
+    row: Row = {}
+    for data in batches:
+        model, state, row = train_batch(optim, len(batches), data, model, state)
+        losses.append(row["loss"])
+    return model, state, {**row, "loss": jnp.stack(losses).mean()}
 
 
 def train(config: Config) -> list[dict[str, float]]:
@@ -70,12 +90,14 @@ def train(config: Config) -> list[dict[str, float]]:
         weight_decay=0.1,
         weight_decay_mask=eqx_ademamix.decay_mask(model),
     )
-    state = eqx_ademamix.init(optim, model)
+    multi = optax.MultiSteps(optim, every_k_schedule=config.accumulate)
+    state = eqx_ademamix.init(multi, model)
     digits = read_digits()
     rows: list[Row] = []  # arrays, so that the loop does not wait for each step
     for step in range(config.steps):
-        data = batch(digits.train, 64, config.seed, step)
-        model, state, row = train_step((optim, data), model, state)
+        numbers = range(step * config.accumulate, (step + 1) * config.accumulate)
+        batches = [batch(digits.train, 16, config.seed, i) for i in numbers]
+        model, state, row = train_step(optim, batches, model, state)
         rows.append(row)
     return [
         {"step": step, **{name: float(x) for name, x in row.items()}}
@@ -97,7 +119,7 @@ def plot(path: Path, rows: list[dict[str, float]]) -> None:
         "learning_rate": "learning rate",
         "b3": "$1 - b_3$",
         "alpha": "alpha",
-        "update_norm": "norm of the update",
+        "update_param_ratio": "RMS of updates / RMS of parameters",
     }
     for axes, (name, label) in zip(
         figure.subplots(2, 2, sharex=True).flat, panels.items(), strict=True
@@ -114,10 +136,11 @@ def plot(path: Path, rows: list[dict[str, float]]) -> None:
 def main() -> None:
     config = tyro.cli(Config)
     rows = train(config)
-    names = ("step", "loss", "learning_rate", "b3", "alpha", "update_norm")
-    print("  ".join(f"{name:>13}" for name in names))
+    names = ("step", "loss", "learning_rate", "b3", "alpha", "slow_fast_ratio")
+    print("  ".join(f"{name:>10}" for name in names))
     for row in [*rows[:: max(1, config.steps // 8)], rows[-1]]:
-        print("  ".join(f"{row[name]:>13.6g}" for name in names))
+        cells = (f"{row[name]:>{max(10, len(name))}.5g}" for name in names)
+        print("  ".join(cells))
     write(config.out / "log.csv", rows)
     plot(config.out / "log.png", rows)
     print(f"\n{len(rows)} rows saved to {config.out / 'log.csv'}, plot to log.png")

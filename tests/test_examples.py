@@ -42,7 +42,7 @@ def run(
     *args: str | Path, script: str = "train_language_model.py"
 ) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command(*args, script=script), capture_output=True, text=True, timeout=120
+        command(*args, script=script), capture_output=True, text=True, timeout=900
     )
 
 
@@ -261,11 +261,11 @@ def interrupt(
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 900
         while step_of(out) < step and time.monotonic() < deadline:
             time.sleep(0.005)
         process.send_signal(number)
-        stdout, stderr = process.communicate(timeout=60)
+        stdout, stderr = process.communicate(timeout=900)
     assert process.returncode == 130, stderr
     assert "--resume" in stdout and "Traceback" not in stderr
     assert step < step_of(out) < steps
@@ -347,7 +347,8 @@ def test_switch_begins_at_adamw_and_ends_with_the_losses_of_both(text, tmp_path)
     kept = [
         f"{i}-{k:08}-of-00000020.safetensors" for i, pair in steps.items() for k in pair
     ]
-    assert names(tmp_path) == sorted([*kept, "switch.png"])
+    logs = ["adamw.csv", "switched.csv"]
+    assert names(tmp_path) == sorted([*kept, *logs, "switch.png"])
     assert (tmp_path / "switch.png").read_bytes().startswith(b"\x89PNG")
 
 
