@@ -307,7 +307,7 @@ def test_the_page_says_what_the_experiment_found(
     tables = comparison.summary(train_better.recorded(DOCS / "train_better.jsonl"))
     page = (DOCS / "reproductions.md").read_text()
     rows = [line for line in tables.splitlines() if line.startswith("|")]
-    assert len(rows) == 19
+    assert len(rows) == 29
     for row in rows:
         assert row in page
 
