@@ -261,7 +261,8 @@ def plot_home(comparison: Comparison, path: Path, style: str = "default") -> Non
         figure = Figure(figsize=(5.6, 4.2), layout="constrained")
         axes = figure.subplots()
         axes.set_facecolor(background)
-        for name, color in (("adamw", gray), ("ademamix", RED)):
+        colors: dict[OptimizerName, str] = {"adamw": gray, "ademamix": RED}
+        for name, color in colors.items():
             runs = comparison.repeats[name]
             mean = statistics.mean(reported(runs))
             _band(axes, runs, color, f"{TITLES[name]}: {mean:.3f}")

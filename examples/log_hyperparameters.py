@@ -44,6 +44,11 @@ class Config:
 Row: TypeAlias = dict[str, Float[Array, ""]]
 
 
+def accumulated(optim: eqx_ademamix.AdEMAMix, batches: int) -> optax.MultiSteps:
+    """Averages the gradients of several batches before each step."""
+    return optax.MultiSteps(optim, batches)  # pyright: ignore[reportArgumentType]
+
+
 @eqx.filter_jit
 def train_batch(
     optim: eqx_ademamix.AdEMAMix,
@@ -53,10 +58,11 @@ def train_batch(
     state: optax.MultiStepsState,
 ) -> tuple[eqx.nn.MLP, optax.MultiStepsState, Row]:
     """Adds the gradients of a batch. Every `accumulate` batches, updates the model."""
-    multi = optax.MultiSteps(optim, every_k_schedule=accumulate)
     loss, grads = eqx.filter_value_and_grad(mean_loss)(model, data)
     used = eqx_ademamix.hyperparams(optim, state)  # before the counters advance
-    updates, state = eqx_ademamix.update(multi, grads, state, model)
+    updates, state = eqx_ademamix.update(
+        accumulated(optim, accumulate), grads, state, model
+    )
     telemetry = eqx_ademamix.telemetry(optim, state, updates=updates, params=model)
     row = {"loss": loss, **telemetry, **vars(used)}
     return eqx.apply_updates(model, updates), state, row
@@ -90,8 +96,7 @@ def train(config: Config) -> list[dict[str, float]]:
         weight_decay=0.1,
         weight_decay_mask=eqx_ademamix.decay_mask(model),
     )
-    multi = optax.MultiSteps(optim, every_k_schedule=config.accumulate)
-    state = eqx_ademamix.init(multi, model)
+    state = eqx_ademamix.init(accumulated(optim, config.accumulate), model)
     digits = read_digits()
     rows: list[Row] = []  # arrays, so that the loop does not wait for each step
     for step in range(config.steps):

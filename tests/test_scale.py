@@ -199,7 +199,7 @@ def test_the_report():
             "0.1",
             "0.1342",
             "arXiv:2505.13738 (Power Lines)",
-            "medium: a fit for AdamW",
+            "low: a fit for AdamW, with a factor not checked against the paper",
         ],
         [
             "b3",

@@ -130,8 +130,8 @@ def _weight_decay(run: _Run, optim: AdEMAMix, learning_rate: float) -> _Fit:
     return _Fit(
         value=1.0 / (factor * run.steps * timescale),
         source="arXiv:2505.13738 (Power Lines)",
-        confidence="medium",
-        why="a fit for AdamW",
+        confidence="low",
+        why="a fit for AdamW, with a factor not checked against the paper",
         bounds=(
             _Bounds("params", run.params, 1.1e8, 3.3e9),
             _Bounds("tokens per parameter", run.tokens_per_param, 20.0, 1280.0),
@@ -205,7 +205,8 @@ def scale_to(optim: T, *, steps: float, batch_tokens: float, params: float) -> T
         1.3e9, $D$ from 4e9 to 1.01e11, and $B$ from 0.1 to 1.5 of that batch.
     - $\lambda$ is that of Power Lines (arXiv:2505.13738) for AdamW, for $N$ from 1.1e8
         to 3.3e9 and $D / N$ from 20 to 1280. With `decoupled_weight_decay=True`, it is
-        not divided by $\eta$.
+        not divided by $\eta$. We know the exponent and the factor from second sources
+        only, so the confidence is low.
     - $\beta_3$ is between the values in Figure 17 of arXiv:2409.03137 and in section
         D.1 of arXiv:2509.01440, for $S$ from 32,000 to 770,000.
     - $\alpha$ is that of the published model that is nearest in size: 8, 8 and 5 for
