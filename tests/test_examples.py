@@ -239,8 +239,6 @@ def test_a_run_can_become_longer_and_shorter(text, tmp_path):
     # A finished run can go on, too, but not end before it has.
     process = run(*args, "--out", out, "--steps", "1250")
     assert process.returncode == 0 and step_of(out) == 1250
-    process = run(*args, "--out", out, "--steps", "1250")
-    assert process.returncode == 0
     process = run(*args, "--out", out, "--steps", "1100")
     check_error(process, "--steps is 1100, but ")
     assert "has already taken 1250 steps" in process.stderr
@@ -277,13 +275,14 @@ def test_a_new_run_replaces_an_older_one(finished, text, tmp_path):
     no other files."""
     shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
     (tmp_path / ".ademamix-00000470.safetensors.0123abcd.tmp").write_bytes(b"half")
-    others = ["adamw-00000000.safetensors", "ademamix.txt", "loss.png"]
+    others = ["adamw-00000000.safetensors", "ademamix.txt", "loss.png", "run.png"]
     for name in others:
         (tmp_path / name).write_bytes(b"")
     process = run("--data", text, "--out", tmp_path, "--steps", "2")
     assert process.returncode == 0, process.stderr
     new = [f"ademamix-0000000{step}-of-00000002.safetensors" for step in (1, 2)]
-    assert names(tmp_path) == sorted([*others, *new])
+    assert names(tmp_path) == sorted([*others, *new, "ademamix.csv"])
+    assert (tmp_path / "ademamix.csv").read_text() == ""  # two steps, no row
 
 
 def test_compare_trains_both_and_ends_with_ademamix(tmp_path):

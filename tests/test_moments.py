@@ -231,6 +231,11 @@ def test_signatures():
     common = {"b1": 0.9, "b2": 0.999, "b3": 0.9999, "alpha": 5.0}
     schedulers = {"b3_scheduler": None, "alpha_scheduler": None}
     rest = {"eps": 1e-8, "eps_root": 0.0}
+    guards = {
+        "max_slow_ratio": None,
+        "clip_update_rms": None,
+        "skip_nonfinite": False,
+    }
     expected = {
         ademamix: {
             "lr": None,
@@ -241,11 +246,13 @@ def test_signatures():
             "mu_dtype": None,
             "mask": None,
             "learning_rate": None,
+            **guards,
         },
         scale_by_ademamix: {
             **dict.fromkeys((*common, *schedulers), empty),
             **rest,
             "mu_dtype": None,
+            **guards,
         },
         alpha_scheduler: {"alpha": empty, "alpha_start": 0.0, "warmup": 0, "offset": 0},
         beta3_scheduler: {
