@@ -300,6 +300,15 @@ def test_the_recorded_runs_of_the_main_job(seed: int):
     assert diagnose(path) == diagnose(rows) == []
 
 
+def test_a_recorded_run_of_the_main_job_with_its_default_settings():
+    path = ROOT / "tests/data/train_language_model_default.csv"
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 320 and rows[-1]["step"] == "8000"
+    assert float(rows[-1]["b3"]) == 0.999 and float(rows[-1]["alpha"]) == 5.0
+    assert diagnose(path) == diagnose(rows) == []
+
+
 #
 # Logs of every kind
 #

@@ -1,4 +1,5 @@
-"""Records the logs of small runs of the main example, for `tests/test_diagnose.py`."""
+"""Records logs of the main example, for `tests/test_diagnose.py`: of small runs, and of
+one with the default settings."""
 
 import csv
 import pathlib
@@ -15,22 +16,23 @@ SETTINGS = (
 )
 
 
-def record(seed: int) -> None:
+def record(name: str, settings: str) -> None:
     with tempfile.TemporaryDirectory() as out:
-        options = [*SETTINGS.split(), "--seed", str(seed), "--out", out]
+        options = [*settings.split(), "--out", out]
         subprocess.run([sys.executable, str(EXAMPLE), *options], check=True)
-        shorten(pathlib.Path(out) / "ademamix.csv", seed)
+        shorten(pathlib.Path(out) / "ademamix.csv", name)
 
 
-def shorten(log: pathlib.Path, seed: int) -> None:
+def shorten(log: pathlib.Path, name: str) -> None:
     """Writes the log with five digits of each number."""
     with log.open(newline="") as file:
         names, *rows = csv.reader(file)
     short = [[f"{float(x):.5g}" for x in row] for row in rows]
-    with (HERE / f"train_language_model_{seed}.csv").open("w", newline="") as file:
+    with (HERE / f"train_language_model_{name}.csv").open("w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([names, *short])
 
 
 if __name__ == "__main__":
     for seed in range(3):
-        record(seed)
+        record(str(seed), f"{SETTINGS} --seed {seed}")
+    record("default", "--log-every 25")
