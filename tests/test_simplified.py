@@ -526,11 +526,14 @@ def test_arguments_and_their_defaults():
         ("normalize", False),
         ("decoupled_weight_decay", False),
         ("learning_rate_scale", 1.0),
+        ("clip_update_rms", None),
+        ("skip_nonfinite", False),
     ]
     keyword_only = inspect.Parameter.KEYWORD_ONLY
     by_keyword = {k for k, x in parameters.items() if x.kind == keyword_only}
     flags = {"bias_correct_m1", "normalize", "decoupled_weight_decay"}
-    assert by_keyword == flags | {"learning_rate_scale"}
+    guards = {"clip_update_rms", "skip_nonfinite"}
+    assert by_keyword == flags | guards | {"learning_rate_scale"}
 
 
 @pytest.mark.parametrize(
@@ -543,7 +546,12 @@ def test_arguments_and_their_defaults():
 def test_the_functions_have_the_arguments_of_optax(ours: Any, theirs: Any):
     found, expected = (inspect.signature(f).parameters for f in (ours, theirs))
     arguments = lambda ps: [(k, x.default, x.kind) for k, x in ps.items()]
-    assert arguments(found) == arguments(expected)
+    keyword_only = inspect.Parameter.KEYWORD_ONLY
+    guards = [
+        ("clip_update_rms", None, keyword_only),
+        ("skip_nonfinite", False, keyword_only),
+    ]
+    assert arguments(found) == [*arguments(expected), *guards]
 
 
 def test_hyperparams():
@@ -834,7 +842,7 @@ def test_what_the_state_is():
     with x64():
         state = SimplifiedAdEMAMix(1e-3).init(mixed_params())
         names = [field.name for field in dataclasses.fields(SimplifiedAdEMAMixState)]
-        assert names == ["count", "num", "m", "nu", "nu_weight"]
+        assert names == ["count", "num", "m", "nu", "nu_weight", "skipped"]
         assert (state.count.dtype, state.count.shape) == (jnp.int32, ())
         assert (state.num.dtype, state.num.shape) == (jnp.float64, ())
         assert {k: (state.m[k].dtype.name, state.nu[k].dtype.name) for k in DTYPES} == {
