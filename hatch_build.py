@@ -8,8 +8,8 @@ from hatchling.metadata.plugin.interface import MetadataHookInterface
 
 
 class AddressHook(MetadataHookInterface):
-    """Makes the links of the README absolute, and lists the project's pages. Without an
-    address, the links stay as they are, and there are no pages."""
+    """Makes the README's links absolute and lists the project's URLs. If no repository
+    address is set, it leaves the links alone and lists no URLs."""
 
     def update(self, metadata: dict[str, Any]) -> None:
         text = pathlib.Path(self.root, "README.md").read_text(encoding="utf-8")

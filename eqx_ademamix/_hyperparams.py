@@ -89,7 +89,7 @@ def _number(value: HyperParamLike, dtype: DType | None = None) -> float:
 
 
 def limit(name: str, value: object) -> HyperParam | None:
-    """Checks the limit of a guard. `None` is no limit."""
+    """Checks the limit of a guard. `None` turns the guard off."""
     if value is None:
         return None
     text = f"{positive.text}, or None for no limit,"

@@ -207,8 +207,8 @@ class _Course(NamedTuple):
     first: float  # at step 0
     last: float  # at the last step
     final: float  # at the end of the warm-up
-    # At the end of the warm-up at the latest: 0 for a constant, `inf` if the run ends
-    # before, `None` if that is unknown or there is no end.
+    # The step by which the warm-up has ended: 0 for a constant, and `inf` if the run
+    # ends first. `None` if the end is unknown, or if the schedule has none.
     end: float | None
 
     @property
