@@ -18,13 +18,6 @@ from .file import as_bytes, checksum
 
 # Trees that follow the model: its static fields are not hyperparameters.
 _SPECS = ("weight_decay_mask", "trainable", "learning_rate_scale")
-# Fields that have no text while they are off, so that files from before they existed
-# still fit.
-_OFF: dict[str, Node] = {
-    "max_slow_ratio": None,
-    "clip_update_rms": None,
-    "skip_nonfinite": False,
-}
 
 
 def fields_of(optim: object) -> dict[str, str]:
@@ -117,8 +110,6 @@ def _parts(node: Node) -> list[tuple[str, Node]]:
 
 
 def _field(name: str, value: Node) -> list[tuple[str, Node]]:
-    if name in _OFF and value is _OFF[name]:
-        return []
     if name in _SPECS and not is_leaf(value):
         return [(f".{name}{path}", x) for path, x in _leaves(value, None)]
     return [(f".{name}", value)]

@@ -208,14 +208,9 @@ class Compensated(AbstractOptimizer[CompensatedState]):
             state.count,
             keeps_zero=taken is not None,
         )
-        count, fingerprint = chosen(
-            taken,
-            (
-                next_count(state.count),
-                _fingerprint_after(given, updates16, state.fingerprint),
-            ),
-            (state.count, state.fingerprint),
-        )
+        after = _fingerprint_after(given, updates16, state.fingerprint)
+        new, old = (next_count(state.count), after), (state.count, state.fingerprint)
+        count, fingerprint = chosen(taken, new, old)
         updates16 = _beside(updates16, given)
         return eqx.combine(_in_tree(updates16, like), updates), CompensatedState(
             inner_state=inner_state,
@@ -452,9 +447,8 @@ def _unless_zero(u: Array, new: tuple[Array, Array], r: Array) -> tuple[Array, A
     """A new update and remainder, or -0 and the old remainder where `u` is 0."""
     update, remainder = new
     is_zero = u == 0
-    return jnp.where(is_zero, -jnp.zeros_like(update), update), jnp.where(
-        is_zero, r, remainder
-    )
+    update = jnp.where(is_zero, -jnp.zeros_like(update), update)
+    return update, jnp.where(is_zero, r, remainder)
 
 
 def _split_leaf(
