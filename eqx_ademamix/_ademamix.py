@@ -229,8 +229,9 @@ class AdEMAMix(AbstractMomentOptimizer[AdEMAMixState, Hyperparams]):
         - `alpha`: $\alpha$, the weight of the slow average, at least 0; or a schedule,
             called with `state.count_m2`, usually [`eqx_ademamix.alpha_scheduler`][].
         - `eps`: $\epsilon$, at least 0.
-        - `eps_root`: $\epsilon_\text{root}$, at least 0. Use a positive number to take
-            derivatives through the update. `eps` and `eps_root` must not both be 0.
+        - `eps_root`: $\epsilon_\text{root}$, at least 0. It is in the authors' code and
+            in optax, but not in Algorithm 1. Use a positive number to take derivatives
+            through the update. `eps` and `eps_root` must not both be 0.
         - `weight_decay`: $\lambda$, at least 0; or a schedule, called with
             `state.count`. As in PyTorch's AdamW, it is multiplied by the learning rate.
             Unless it is a Python 0, `update` needs `params`.

@@ -220,8 +220,7 @@ def alpha_scheduler(
     warmup: HyperParamLike = 0,
     offset: HyperParamLike = 0,
 ) -> AlphaSchedule:
-    r"""The linear warm-up of $\alpha$ (arXiv:2409.03137, section 3,
-    "Tackling early training instabilities"):
+    r"""The linear warm-up of $\alpha$ (arXiv:2409.03137, section 3):
 
     $$
     \alpha(t) = (1 - \mu) \, \alpha_\text{start} + \mu \, \alpha,
@@ -277,8 +276,7 @@ def beta3_scheduler(
     offset: HyperParamLike = 0,
 ) -> Beta3Schedule:
     r"""The warm-up of $\beta_3$ that is linear in the half-life
-    $\log 0.5 / \log \beta_3$ (arXiv:2409.03137, section 3,
-    "Tackling early training instabilities", and appendix A.1):
+    $\log 0.5 / \log \beta_3$ (arXiv:2409.03137, section 3 and appendix A.1):
 
     $$
     \frac{1}{\log \beta_3(t)} = \frac{1 - \mu}{\log \beta_\text{start}}
