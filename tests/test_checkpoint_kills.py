@@ -204,7 +204,8 @@ def test_the_main_job_killed_10_times(tmp_path: Path):
     said, signals, files = zip(*facts, strict=True)
     assert said == (".",) * 10 and signals == (-9,) * 10
     steps = [
-        max(int(name[9:17]) for name in found if name[0] == "a") for found in files
+        max(int(name[9:17]) for name in found if name.startswith("ademamix-"))
+        for found in files
     ]
     assert steps == sorted(steps) and 0 < steps[-1] < 2000
 

@@ -439,7 +439,10 @@ def test_resume_from_a_damaged_checkpoint(finished, text, tmp_path):
     first = process.stderr.splitlines()[0]
     assert first.startswith(f"{newest} is damaged")
     assert first.endswith(f"This run resumes from {older}.")
-    assert process.stdout.splitlines()[1:] == finished[1].stdout.splitlines()[1:]
+    said, expected = (x.stdout.splitlines() for x in (process, finished[1]))
+    plots = [f"Loss plot saved to {tmp_path / 'loss.png'}"]
+    plots += [f"Plot of the log saved to {tmp_path / 'run.png'}"]
+    assert said[:2] == plots and said[2:] == expected[2:]
     assert newest.read_bytes() == checkpoints(finished[0])[-1].read_bytes()
 
 

@@ -727,20 +727,16 @@ def test_extend_keeps_the_guards():
 
 
 def test_checkpoints(tmp_path: Any):
-    """Files without guards are those of versions without guards."""
+    """Guards that are off add no array, and guards cannot change between two runs."""
     off, on = AdEMAMix(1e-2), AdEMAMix(1e-2, **ON)
     path = tmp_path / "off.safetensors"
     eqx_ademamix.save(path, init(off, PARAMS), optim=off)
-    for name in (*ON, "skipped"):
-        assert name.encode() not in path.read_bytes()
+    assert b".skipped" not in path.read_bytes()
     eqx_ademamix.load(path, init(off, PARAMS), optim=off)
     with pytest.raises(CheckpointError, match=r"at \.skipped, which the"):
         eqx_ademamix.load(path, init(on, PARAMS), optim=on)
     other = AdEMAMix(1e-2, max_slow_ratio=0.5)
-    with pytest.raises(
-        CheckpointError,
-        match=r"max_slow_ratio is missing .* 0\.5",
-    ):
+    with pytest.raises(CheckpointError, match=r"max_slow_ratio is None .* 0\.5"):
         eqx_ademamix.load(path, init(off, PARAMS), optim=other)
     _, state = update(on, with_nan(gradients(0)), init(on, PARAMS), PARAMS)
     path = tmp_path / "on.safetensors"
