@@ -18,6 +18,22 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def compile_once(tmp_path_factory: pytest.TempPathFactory):
+    """Tests, and the processes that they start, share compiled programs, because
+    compiling takes most of the time. Each worker has its own cache, because JAX does not
+    write the files of a cache atomically."""
+    options = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")),
+        "jax_persistent_cache_min_compile_time_secs": 0.1,
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in options.items():
+            jax.config.update(name, value)
+            patch.setenv(name.upper(), str(value))
+        yield
+
+
 @pytest.fixture
 def standard_promotion():
     """For tests that run optax code, which adds integers and floats."""

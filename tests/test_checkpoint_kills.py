@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from .test_examples import EXAMPLES, TINY, checkpoints, names
-from .test_examples import compile_once as compile_once
 
 
 ROOT = Path(__file__).parents[1]

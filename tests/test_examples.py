@@ -27,17 +27,6 @@ def command(*args: str | Path, script: str = "train_language_model.py") -> list[
     return [sys.executable, str(EXAMPLES / script), *TINY, *map(str, args)]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory: pytest.TempPathFactory):
-    """Shares compiled programs among processes, because compiling takes most time."""
-    with pytest.MonkeyPatch.context() as patch:
-        cache = tmp_path_factory.mktemp("cache")
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(cache))
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
-        yield
-
-
 def run(
     *args: str | Path, script: str = "train_language_model.py"
 ) -> subprocess.CompletedProcess[str]:

@@ -17,7 +17,6 @@ import eqx_ademamix
 
 from .helpers import max_error, x64
 from .test_examples import EXAMPLES, example
-from .test_examples import compile_once as compile_once
 
 
 @pytest.fixture(autouse=True)
