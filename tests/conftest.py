@@ -21,8 +21,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 @pytest.fixture(scope="session", autouse=True)
 def compile_once(tmp_path_factory: pytest.TempPathFactory):
     """Tests, and the processes that they start, share compiled programs, because
-    compiling takes most of the time. Each worker has its own cache, because JAX does not
-    write the files of a cache atomically."""
+    compiling takes most of the time. Each worker has its own cache, because JAX does
+    not write the files of a cache atomically."""
     options = {
         "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")),
         "jax_persistent_cache_min_compile_time_secs": 0.1,
