@@ -1,6 +1,7 @@
 """The numbers behind the figures in the docs, and the comparison with AdamW."""
 
 import math
+import struct
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -174,6 +175,15 @@ def test_one_figure_is_drawn_and_the_numbers_of_others_stay(
     assert figures.read_rows(tmp_path / "figures.csv") == [before[0], *rows, before[2]]
     assert ("schedules", "b3 at step 1000 of 256000", "0.979599") in rows
     assert (tmp_path / "images/schedules.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_social_card(module: Any, tmp_path: Path):
+    """Other sites expect this size."""
+    module("social_card").draw(tmp_path / "card.png")
+    for path in (tmp_path / "card.png", DOCS / "images/social_card.png"):
+        header = path.read_bytes()[:24]
+        assert header.startswith(b"\x89PNG")
+        assert struct.unpack(">II", header[16:]) == (1200, 630)
 
 
 #
