@@ -124,7 +124,7 @@ def _at(name: str, value: object, count: Array, domain: Domain) -> HyperParamLik
 
 def resolve_decay(name: str, value: object, count: Array) -> tuple[Scalar, Scalar]:
     """A decay rate at a counter, and `1 - decay` from the widest numbers available: in
-    float32, cancellation would leave `1 - 0.999999` only one correct digit."""
+    float32, cancellation would leave `1 - 0.999999` with only one correct digit."""
     complement = getattr(value, "complement", None)
     if complement is not None:
         rounded = resolve(name, value, count, _rounded_decay)

@@ -399,8 +399,8 @@ def find(
     of_what: str,
     name: str = "opt_state",
 ) -> Node:
-    """The only state of a kind that a tree contains, alive and not batched, with
-    NumPy's arrays converted to JAX's."""
+    """The only state of a kind that a tree contains, alive and not batched, with NumPy
+    arrays converted to JAX arrays."""
     found = only(tree, is_one, of_what, name)
     check_alive(name, found)
     for scalar in _scalars(found):
