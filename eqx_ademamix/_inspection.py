@@ -459,7 +459,7 @@ def _kinds(node: Node) -> list[str]:
 
 
 #
-# Optimizers inside of others
+# Optimizers inside others
 #
 
 

@@ -106,7 +106,7 @@ class TrainStep:
 
         **Raises:**
 
-        - `ValueError` or `TypeError`: as [`eqx_ademamix.init`][].
+        - `ValueError` or `TypeError`: as in [`eqx_ademamix.init`][].
         """
         return self._packed(model, self._new_state(model), model_state)
 

@@ -106,7 +106,7 @@ def plot_schedules(optim: Any, num_steps: int, path: str | os.PathLike[str]) -> 
 
     **Raises:**
 
-    - `ValueError` or `TypeError`: as [`eqx_ademamix.schedule_report`][].
+    - `ValueError` or `TypeError`: as for [`eqx_ademamix.schedule_report`][].
     - `ImportError`: without matplotlib.
 
     !!! Example

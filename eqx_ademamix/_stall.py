@@ -114,8 +114,8 @@ def stall_report(
 
     **Raises:**
 
-    - `ValueError` or `TypeError`: as [`eqx_ademamix.hyperparams`][], and if `grads` do
-        not fit the state.
+    - `ValueError` or `TypeError`: as in [`eqx_ademamix.hyperparams`][], and if `grads`
+        do not fit the state.
     - `TypeError`: under `jit`, where there are no numbers to return.
 
     !!! Example

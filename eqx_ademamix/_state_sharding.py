@@ -101,7 +101,7 @@ def sharding_report(
 
     **Raises:**
 
-    - `ValueError`: as [`eqx_ademamix.state_sharding`][].
+    - `ValueError`: as in [`eqx_ademamix.state_sharding`][].
 
     !!! Example
 

@@ -109,7 +109,7 @@ def telemetry(
 
     **Raises:**
 
-    - `ValueError` or `TypeError`: as [`eqx_ademamix.hyperparams`][]; if `updates`,
+    - `ValueError` or `TypeError`: as in [`eqx_ademamix.hyperparams`][]; if `updates`,
         `params` or `grads` do not fit the state; if a pattern of `stacked` finds no
         array with an axis; if `stacked` is given without `per_path`.
 

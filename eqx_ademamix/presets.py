@@ -206,8 +206,8 @@ def benchmark(total_steps: int, **overrides: Unpack[Overrides]) -> AdEMAMix:
     - `total_steps`: the number of steps of the run.
     - `overrides`: as in [`eqx_ademamix.presets.paper`][].
 
-    **Returns:** and **Raises:** as [`eqx_ademamix.presets.paper`][]. Clip gradients to
-    0.5, and to 0.1 at 720 million parameters.
+    **Returns:** and **Raises:** as in [`eqx_ademamix.presets.paper`][]. Clip gradients
+    to 0.5, and to 0.1 at 720 million parameters.
 
     !!! Example
 
@@ -277,7 +277,7 @@ def apertus(
     - `total_steps`: the number of steps of the run. By default, that of the model.
     - `overrides`: as in [`eqx_ademamix.presets.paper`][].
 
-    **Returns:** and **Raises:** as [`eqx_ademamix.presets.paper`][].
+    **Returns:** and **Raises:** as in [`eqx_ademamix.presets.paper`][].
 
     !!! Example
 
@@ -321,7 +321,7 @@ def short_run(total_steps: int, **overrides: Unpack[Overrides]) -> AdEMAMix:
     - `total_steps`: the number of steps of the run.
     - `overrides`: as in [`eqx_ademamix.presets.paper`][].
 
-    **Returns:** and **Raises:** as [`eqx_ademamix.presets.paper`][].
+    **Returns:** and **Raises:** as in [`eqx_ademamix.presets.paper`][].
 
     !!! Example
 
@@ -355,7 +355,7 @@ def finetune(total_steps: int, **overrides: Unpack[Overrides]) -> AdEMAMix:
     - `total_steps`: the number of steps of the fine-tuning.
     - `overrides`: as in [`eqx_ademamix.presets.paper`][].
 
-    **Returns:** and **Raises:** as [`eqx_ademamix.presets.paper`][].
+    **Returns:** and **Raises:** as in [`eqx_ademamix.presets.paper`][].
 
     !!! Example
 
@@ -399,9 +399,9 @@ def from_adamw_recipe(
         preset: `b2` if yours is tuned, `weight_decay_mask`, and so on. A number for
         `b3` or `alpha` changes the value that the schedule reaches.
 
-    **Returns:** and **Raises:** as [`eqx_ademamix.presets.paper`][]. To continue a run
-    in progress, use [`eqx_ademamix.from_adamw`][]: pass the number of steps that are
-    left as `total_steps`, and the schedule of the whole run as `learning_rate`.
+    **Returns:** and **Raises:** as in [`eqx_ademamix.presets.paper`][]. To continue a
+    run in progress, use [`eqx_ademamix.from_adamw`][]: pass the number of steps that
+    are left as `total_steps`, and the schedule of the whole run as `learning_rate`.
 
     !!! Example
 

@@ -40,9 +40,9 @@ def from_optax(
     - `optim`: the optimizer that continues the run: one of this package, an
         [`eqx_ademamix.Compensated`][] or [`eqx_ademamix.Offloaded`][] around it, or an
         optax optimizer that contains exactly one [`eqx_ademamix.AdEMAMix`][]. (Inside
-        an optax optimizer, the decay rates cannot be read. So a `SimplifiedAdEMAMix`
-        must not be inside one, and neither must an `AdEMAMix` with `bias_correct_m2` or
-        with a schedule for `b1` or `b2`.)
+        an optax optimizer, the decay rates cannot be read. So neither a
+        `SimplifiedAdEMAMix` nor an `AdEMAMix` with `bias_correct_m2` or with a schedule
+        for `b1` or `b2` may be inside one.)
     - `params`: the model.
 
     **Returns:**

@@ -306,7 +306,7 @@ def scale_report(
     value, the source, and the confidence: high, medium, or low, and why. Outside the
     range of a fit, it is low.
 
-    **Raises:** as [`eqx_ademamix.scale_to`][], without the warning.
+    **Raises:** as in [`eqx_ademamix.scale_to`][], without the warning.
 
     !!! Example
 
