@@ -21,7 +21,7 @@ FORMATS = {
     "bfloat16": StateFormat(jnp.bfloat16, jnp.bfloat16, jnp.bfloat16),
     "split": StateFormat(jnp.float32, SplitBfloat16(), jnp.float32),
 }
-# Updates in learning rates.
+# The updates are in units of the learning rate.
 PLAIN = AdEMAMix(1.0, b3=0.9999, alpha=5.0, b2=0.999)
 # |m2| / sqrt(nu) after a single gradient, for any gradient: (1 - b3) / sqrt(1 - b2).
 FRESH = 1e-4 / 1e-3**0.5
