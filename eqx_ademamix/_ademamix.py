@@ -242,8 +242,9 @@ class AdEMAMix(AbstractMomentOptimizer[AdEMAMixState, Hyperparams]):
             a bool. Usually [`eqx_ademamix.decay_mask`][]`(model)`.
         - `trainable`: a filter spec that chooses which of the model's inexact arrays
             are trained. All others have no state, and their update is `None`.
-        - `state_format`: a [`eqx_ademamix.StateFormat`][]: how the moments are stored.
-            By default, as float32, or in the parameter's dtype if that is wider.
+        - `state_format`: a [`eqx_ademamix.StateFormat`][], which says how the moments
+            are stored. By default, as float32, or in the parameter's dtype if that is
+            wider.
         - `bias_correct_m2`: whether to divide $m_2$ by the sum of the weights of all
             gradients in it, $1 - \prod_i \beta_3(i)$, so that it is a true average from
             the first step on. The paper does this in its Figure 2, but Algorithm 1 does

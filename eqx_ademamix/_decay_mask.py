@@ -279,10 +279,10 @@ def decay_report(model: PyTree, mask: FilterSpec) -> str:
 
     **Returns:**
 
-    Text for a person to read. Each inexact array has a line with its path, its shape,
-    and the rule of `decay_mask` that gives the mask's value. It says "chosen" where the
-    rules alone give the opposite (because of `predicate`, `exclude`, `include`, or a
-    mask made by hand).
+    Human-readable text. Each inexact array has a line with its path, its shape, and the
+    rule of `decay_mask` that gives the mask's value. It says "chosen" where the rules
+    alone give the opposite (because of `predicate`, `exclude`, `include`, or a mask
+    made by hand).
 
     **Raises:**
 

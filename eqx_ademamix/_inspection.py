@@ -206,8 +206,8 @@ def state_report(state: PyTree[Any]) -> str:
 
     **Returns:**
 
-    Text for a person to read. Each trained array has a line with its path, its shape,
-    how each moment is stored, and the bytes per parameter of all moments. Inside an
+    Human-readable text. Each trained array has a line with its path, its shape, how
+    each moment is stored, and the bytes per parameter of all moments. Inside an
     [`eqx_ademamix.Compensated`][], the remainders count too. `(host)` marks a moment
     that [`eqx_ademamix.Offloaded`][] keeps in host memory. If the state is on several
     devices, the text also has the bytes on each device, the sharding of each moment,

@@ -275,8 +275,8 @@ def learning_rate_report(model: PyTree, scales: Scales) -> str:
 
     **Returns:**
 
-    Text for a person to read. Each inexact array has a line with its path, its shape,
-    and its scale. An array of up to four scales is shown as a list, a longer one as its
+    Human-readable text. Each inexact array has a line with its path, its shape, and its
+    scale. An array of up to four scales is shown as a list, a longer one as its
     smallest and largest entries. Values that are unknown under `jit` are shown as
     "traced".
 

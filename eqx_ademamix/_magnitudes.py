@@ -1,4 +1,4 @@
-"""How large the arrays of a leaf are: root mean squares, whatever the magnitude."""
+"""How large the arrays of a leaf are: root mean squares, accurate at any magnitude."""
 
 import functools as ft
 import math

@@ -148,8 +148,8 @@ def update(
     - `params`: the whole model. It is needed for weight decay and for updates in the
         parameters' dtypes. Without it, updates have the gradients' dtypes.
     - `extra_args`: extra arguments of optax. For example,
-        `optax.contrib.reduce_on_plateau` needs `value=loss`. Optimizers that do not
-        know an extra argument ignore it.
+        `optax.contrib.reduce_on_plateau` needs `value=loss`. An optimizer ignores extra
+        arguments that it does not use.
 
     **Returns:**
 

@@ -37,10 +37,10 @@ def schedule_report(optim: Any, *, num_steps: int) -> str:
 
     **Returns:**
 
-    Text for a person to read: a line for each hyperparameter that says what it does,
-    and a table of the values at five steps, with the half-lives of decay rates that
-    change. For a function that is not a schedule of this package, it shows the name and
-    the values. Values that are unknown under `jit` are shown as their types.
+    Human-readable text: a line for each hyperparameter that says what it does, and a
+    table of the values at five steps, with the half-lives of decay rates that change.
+    For a function that is not a schedule of this package, it shows the name and the
+    values. Values that are unknown under `jit` are shown as their types.
 
     **Raises:**
 

@@ -827,7 +827,7 @@ def from_half_life(
 
     **Returns:**
 
-    $\beta$, as the same kind of number or array as in [`eqx_ademamix.half_life`][].
+    $\beta$, as a number or array of the same kind as in [`eqx_ademamix.half_life`][].
 
     **Raises:**
 

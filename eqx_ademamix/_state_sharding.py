@@ -95,9 +95,9 @@ def sharding_report(
 
     **Returns:**
 
-    Text for a person to read. Each trained array has a line with its path, its shape,
-    its own sharding, that of its state, the bytes of its state on each device, and a
-    note on anything special.
+    Human-readable text. Each trained array has a line with its path, its shape, its own
+    sharding, that of its state, the bytes of its state on each device, and a note on
+    anything special.
 
     **Raises:**
 

@@ -306,8 +306,8 @@ def apertus(
 def short_run(total_steps: int, **overrides: Unpack[Overrides]) -> AdEMAMix:
     r"""A run of fewer than 10,000 steps from scratch.
 
-    We know of no published recipe for such runs, and AdamW may be as good. This one is
-    close to the runs of 8000 steps in
+    We know of no published recipe for such runs, and AdamW may be just as good. This
+    one is close to the runs of 8000 steps in
     [Does it train better?](../reproductions.md#does-it-train-better): $\alpha = 5$,
     $\beta_1 = 0.9$, $\beta_2 = 0.999$, weight decay 0.1, and gradients clipped to 0.5.
     $\beta_3$ and $\alpha$ warm up over the whole run. $\beta_3$ is 0.999 or, in runs of

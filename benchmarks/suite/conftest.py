@@ -49,7 +49,7 @@ def pytest_benchmark_generate_machine_info(config: Any) -> dict[str, str]:
 
 
 def pytest_benchmark_generate_commit_info(config: Any) -> dict[str, str]:
-    return {}  # the commit to which a result belongs is the one that adds it
+    return {}  # a result belongs to the commit that adds it
 
 
 def pytest_benchmark_update_json(

@@ -19,7 +19,7 @@ PACK_BELOW = 100  # above the 64 entries of the largest leaf, so all are packed
 
 
 class Net(eqx.Module):
-    """As many leaves as a test asks for, of eight by eight and eight entries."""
+    """A given number of leaves, with eight by eight and eight entries."""
 
     layers: list[eqx.nn.Linear]
 

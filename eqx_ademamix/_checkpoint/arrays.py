@@ -45,7 +45,7 @@ def is_storable(x: ArrayLike) -> bool:
     has different bits on different machines."""
     if is_key(x):
         return True
-    is_added = x.dtype.isbuiltin == 2  # such as bfloat16, which NumPy does not know
+    is_added = x.dtype.isbuiltin == 2  # such as bfloat16, which is not built into NumPy
     return is_added or (x.dtype.kind in "biufc" and x.dtype.char not in "gG")
 
 

@@ -227,8 +227,9 @@ def scale_to(optim: T, *, steps: float, batch_tokens: float, params: float) -> T
     weight decay or an $\alpha$ of 0 stays 0.
 
     - The warm-ups of $\beta_3$ and $\alpha$ become as long as the run, as in the paper.
-      A number becomes a warm-up, from $\beta_1$ or 0. A cool-down of $\alpha$ keeps its
-      share of the run. Log-time schedules stay as they are, since they have no end.
+      A constant becomes a warm-up, from $\beta_1$ or 0. A cool-down of $\alpha$ keeps
+      its fraction of the run. Log-time schedules stay as they are, since they have no
+      end.
     - A schedule of the learning rate keeps its shape. Its peak becomes $\eta$, and its
       length $S$. Its current length is that of the longest schedule in `optim`.
     - Everything else stays as it is, and so do [`eqx_ademamix.Compensated`][] and

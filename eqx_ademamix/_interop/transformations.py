@@ -279,7 +279,7 @@ def simplified_ademamix(
         clip_update_rms=clip_update_rms,
         skip_nonfinite=skip_nonfinite,
     )
-    make()  # errors come now, and not at the first step
+    make()  # raises errors now, not at the first step
     return _transformation(make, mask)
 
 

@@ -102,7 +102,7 @@ class ScaledFloat16(AbstractScaled):
     bound and the largest gradient in the block, since that bounds the rule's results
     for the entries. So the step reads each array only once. For an average of
     gradients, the bound is above the largest entry, for `m2` by six or seven powers of
-    two, and each one takes a power of two from the range above.
+    two. Each of these takes one power of two from the range above.
 
     After a spike, when the bound of `nu` is more than $2^{20}$ times the usual squares
     in its block, there are half as many numbers between powers of two, over 126 powers
