@@ -53,7 +53,7 @@ class Comparison:
 
     @property
     def differences(self) -> list[float]:
-        """By how much AdEMAMix ends lower than AdamW, for each seed."""
+        """How much lower AdEMAMix ends than AdamW, for each seed."""
         pairs = zip(self.repeats["adamw"], self.repeats["ademamix"], strict=True)
         return [adamw.reported - ours.reported for adamw, ours in pairs]
 

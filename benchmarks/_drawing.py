@@ -1,4 +1,4 @@
-"""What all figures share: the type of their numbers, and their style."""
+"""What all figures share: the type of their numbers and their style."""
 
 from collections.abc import Sequence
 from pathlib import Path

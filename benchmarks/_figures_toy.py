@@ -24,7 +24,7 @@ Function = Callable[[Point], Float[Array, ""]]
 
 @contextlib.contextmanager
 def float64() -> Generator[None, None, None]:
-    """Enables 64-bit types, in all versions of JAX."""
+    """Enables 64-bit types in all versions of JAX."""
     before = bool(jax.config.read("jax_enable_x64"))
     jax.config.update("jax_enable_x64", True)
     try:

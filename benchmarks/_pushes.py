@@ -21,7 +21,7 @@ FORMATS = {
     "bfloat16": StateFormat(jnp.bfloat16, jnp.bfloat16, jnp.bfloat16),
     "split": StateFormat(jnp.float32, SplitBfloat16(), jnp.float32),
 }
-# Updates in learning rates.
+# The updates are in units of the learning rate.
 PLAIN = AdEMAMix(1.0, b3=0.9999, alpha=5.0, b2=0.999)
 # |m2| / sqrt(nu) after a single gradient, for any gradient: (1 - b3) / sqrt(1 - b2).
 FRESH = 1e-4 / 1e-3**0.5
@@ -62,7 +62,7 @@ def with_format(name: str) -> AdEMAMix:
 
 
 def after_silence(name: str, options: list[Options]) -> list[Push]:
-    """The update after 1000 steps with noisy gradients and 20 000 with none. None of
+    """The update after 1000 steps with noisy gradients and 20,000 with none. None of
     the options changes the moments, so all updates are computed from one state."""
     optim, zeros = with_format(name), jnp.zeros(SIZE)
 
@@ -83,7 +83,7 @@ def after_silence(name: str, options: list[Options]) -> list[Push]:
 
 
 def rare_rows(options: list[Options]) -> list[Push]:
-    """How far the entries of an embedding move in 12 000 steps, in learning rates: the
+    """How far the entries of an embedding move in 12,000 steps, in learning rates: the
     sum of the magnitudes of all steps. Each row has a gradient once in 5000 steps."""
     optims = [dataclasses.replace(PLAIN, **changed) for changed in options]
     shape = ROWS, SIZE // ROWS

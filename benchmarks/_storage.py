@@ -1,7 +1,7 @@
 """Several ways to store a moment, both from this package and from elsewhere.
 
-Each one is a function that takes a float32 array and a key. It returns the array as it
-is read back.
+Each one is a function that takes a float32 array and a key. It returns the array as
+read back.
 """
 
 from collections.abc import Callable

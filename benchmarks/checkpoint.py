@@ -1,10 +1,10 @@
-"""Measures `save` and `load` beside Equinox's functions and Orbax, in one run.
+"""Compares `save` and `load` with Equinox's functions and Orbax, in one run.
 
     python benchmarks/checkpoint.py    # ten minutes or less; into runs/checkpoint
 
-All sides save and load the same state, in turn. Files are read soon after they were
-written, so from the memory in which the system keeps them, not from the disk. Orbax is
-left out if it is not installed:
+All sides save and load the same state, in turn. Files are read soon after they are
+written, so they come from the system's memory, not from the disk. Orbax is left out if
+it is not installed:
 
     pip install orbax-checkpoint
 """
@@ -80,7 +80,7 @@ def make_state(parameters: int, leaves: int) -> Any:
 
 
 def template(parameters: int, leaves: int) -> Any:
-    """What to load, without memory. Orbax needs the devices."""
+    """What to load, without allocating memory. Orbax needs the devices."""
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     structs = eqx.filter_eval_shape(make_state, parameters, leaves)
     return jax.tree.map(
@@ -130,15 +130,15 @@ def file_of(folder: Path, name: str) -> Path:
 
 
 def memory_of(entry: str) -> int:
-    """The bytes of this process. `RssAnon` are those that it has for itself, without
-    the files that it maps into its memory, which the system can take back. `VmHWM` is
-    the peak of both."""
+    """The bytes of this process. `RssAnon` is its private memory, without the files
+    that it maps into memory, which the system can reclaim. `VmHWM` is the peak of
+    both."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return sum(int(x.split()[1]) for x in lines if x.startswith(entry)) * 1024
 
 
 def peak_of_load(folder: Path, name: str, parameters: int, leaves: int) -> Sample:
-    """By how many bytes the memory of a process grows at most when it loads."""
+    """The most bytes by which the memory of a process grows when it loads."""
     like = template(parameters, leaves)
     jax.block_until_ready(jnp.ones(1) + 1)  # starts the backend
     before, before_all = memory_of("RssAnon"), memory_of("VmHWM")
@@ -211,12 +211,10 @@ def main(
 ) -> None:
     """Measures, prints a report, and writes `checkpoint.json` and `checkpoint.md`.
 
-    Args:
-        gigabytes: the size of the state, of float32 numbers.
-        leaves: into how many leaves each moment is split.
-        rounds: how often all sides are measured in turn.
-        folder: on the disk to measure. Default: where temporary files are.
-        out: where the results go.
+    Args: gigabytes: the size of the state, of float32 numbers. leaves: the number of
+        leaves that each moment is split into. rounds: how many times all sides are
+        measured in turn. folder: a folder on the disk to measure. Default: where
+        temporary files are. out: the folder for the results.
     """
     load = os.getloadavg()[0]
     size = int(gigabytes * 1e9) // BYTES_PER_PARAMETER, leaves

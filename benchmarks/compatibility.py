@@ -1,9 +1,9 @@
-"""What works with the versions of Python and JAX that run this script, for the docs.
+"""Measures what works with the versions of Python and JAX that run this script.
 
     python benchmarks/compatibility.py    # half a minute, once with each interpreter
 
 It takes two steps on eight CPU devices and compares them with the same steps on one
-device. It replaces the rows of these versions in `docs/compatibility.md`.
+device. It replaces the rows for these versions in `docs/compatibility.md`.
 """
 
 import pathlib
@@ -98,7 +98,7 @@ def versions(row: str) -> tuple[int, ...]:
 
 
 def with_rows(page: str, rows: list[str]) -> str:
-    """A page with new rows in its table, in place of those of the same versions."""
+    """A page with new rows in its table, in place of those for the same versions."""
     text, table = page.split(HEAD)
     line, *old = table.strip().splitlines()
     replaced = set(map(versions, rows))

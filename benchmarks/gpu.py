@@ -1,10 +1,10 @@
-"""Measures a step on a GPU, beside the bandwidth of its memory, in one call.
+"""Measures a step on a GPU and the bandwidth of its memory, in one call.
 
     python benchmarks/gpu.py    # under ten minutes; into runs/gpu
 
-A step only moves memory, so its bound is the time in which the device moves the same
-bytes in place. All sides run in turn, as in the suite. The targets are 1.1 times the
-bound for float32 and 1.15 times for `compact`.
+A step only moves memory, so its bound is the time that the device takes to move the
+same bytes in place. All sides run in turn, as in the suite. The targets are 1.1 times
+the bound for float32 and 1.15 times for `compact`.
 """
 
 import json
@@ -31,13 +31,14 @@ NAMES = (
     cases.ADAMW,
 )
 TARGETS = {cases.FLOAT32: 1.1, cases.COMPACT: 1.15}
-MEASURE_SECONDS = 0.05  # of a measurement, so that the wait at its end does not count
+MEASURE_SECONDS = 0.05  # of a measurement, so that the wait at its end is negligible
 
 
 def compiled_runs(
     names: Sequence[str], grads: Tree, deadline: float
 ) -> tuple[dict[str, Run], list[str]]:
-    """The runs of all sides that are compiled before the deadline, and the others.
+    """The runs of all sides that are compiled before the deadline, and the remaining
+    sides.
 
     The baseline is always compiled.
     """
@@ -81,7 +82,8 @@ def measure(
 
 
 def calls(run: Run) -> int:
-    """How many steps a measurement has. The first calls of the run are not measured."""
+    """The number of steps in a measurement. The first calls of the run are not
+    measured."""
     seconds_of(run, 2)
     return max(1, round(MEASURE_SECONDS / seconds_of(run, 2)))
 
@@ -89,7 +91,7 @@ def calls(run: Run) -> int:
 def bound_ratios(
     times: Sequence[float], in_place: Sequence[float], share: float
 ) -> list[float]:
-    """Times over bounds, round by round.
+    """Times divided by bounds, round by round.
 
     `share` is the number of bytes that the step must move, divided by the number that
     the in-place scale moves.
@@ -166,13 +168,11 @@ def main(
 ) -> None:
     """Measures, prints a report, and writes `gpu.json` and `gpu.md`.
 
-    Args:
-        parameters: how many parameters the model has.
-        leaves: into how many leaves of one shape they are split.
-        rounds: how often all sides are measured in turn.
-        budget: seconds. After half of them, no other side is compiled.
-        names: which sides are measured. The first is the baseline.
-        out: where the results go.
+    Args: parameters: the number of parameters in the model. leaves: the number of
+        leaves of one shape that they are split into. rounds: how many times all sides
+        are measured in turn. budget: seconds. After half of them, no more sides are
+        compiled. names: the sides to measure. The first is the baseline. out: the
+        folder for the results.
     """
     found = measure(parameters, leaves, rounds, budget, names)
     out.mkdir(parents=True, exist_ok=True)

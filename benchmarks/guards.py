@@ -6,10 +6,10 @@ rarely, with and without guards. The result is OUT/guards_pushes.json.
 Then trains the transformer of `examples/train_language_model.py` with several seeds,
 without guards and with all of them. This takes about half an hour on two cores. The
 guards must not change the validation loss by more than the seeds do. At a hundred steps
-of each run, it also measures what the guards limit: |m2| / sqrt(nu_hat) of each
-parameter, and the RMS of the direction of each leaf. Each finished run is a line in
-OUT/guards_runs.jsonl. If you stop the benchmark, the same command continues after the
-last finished run.
+of each run, the benchmark also measures what the guards limit: |m2| / sqrt(nu_hat) of
+each parameter, and the RMS of the direction of each leaf. Each finished run is a line
+in OUT/guards_runs.jsonl. If you stop the benchmark, the same command continues after
+the last finished run.
 
 The files whose results docs/guards.md shows are in docs. To list the options, run
 `python benchmarks/guards.py --help`.
@@ -79,8 +79,8 @@ class Result:
     validation_loss: float
     """In nats per byte."""
     measured: list[list[float]]
-    """For a hundred steps: the step, quantiles of |m2| / sqrt(nu_hat), the share of the
-    parameters where it is above 1, and the largest RMS of a leaf's direction."""
+    """For a hundred steps: the step, quantiles of |m2| / sqrt(nu_hat), the fraction of
+    the parameters where it is above 1, and the largest RMS of a leaf's direction."""
 
 
 #
@@ -111,7 +111,7 @@ def measure(h: Hyperparams, state: AdEMAMixState) -> Float[Array, " numbers"]:
 
 
 def pushes(path: Path) -> dict[str, list[Push]]:
-    """The pushes in a file, measured if there is none."""
+    """The pushes in a file, or newly measured ones if there is none."""
     if not path.exists():
         path.write_text(json.dumps(measured()) + "\n")
     found = json.loads(path.read_text())
@@ -124,7 +124,7 @@ def pushes(path: Path) -> dict[str, list[Push]]:
 
 
 def optimizers(config: GuardsConfig, text: Text) -> dict[str, AdEMAMix]:
-    """One for each set of guards. All seeds share it, so it is compiled once."""
+    """One for each set of guards. All seeds share it, so it compiles once."""
     plain = Run(config, text).optim
     assert isinstance(plain, AdEMAMix)
     return {name: dataclasses.replace(plain, **x) for name, x in GUARDS.items()}

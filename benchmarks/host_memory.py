@@ -1,10 +1,10 @@
-"""Measures a step with moments in host memory, beside one without.
+"""Compares a step with moments in host memory and one without.
 
     python benchmarks/host_memory.py    # on a GPU, a few minutes
 
-Each side runs in a process of its own, since a device only counts the peak of its
-memory for the whole process. A CPU does not count it: there, only the times are shown,
-in which nothing is copied between two memories.
+Each side runs in its own process, since a device reports its peak memory only for the
+whole process. A CPU does not report it: there, only the times are shown, and nothing is
+copied between two memories.
 """
 
 import argparse

@@ -43,9 +43,10 @@ class Outcome(NamedTuple):
     """The root mean square error, divided by the root mean square of `m2`."""
     cosine: float
     left: float
-    """The share of `m2` left after 10,000 steps with zero gradients. Exact: 0.3679."""
+    """The fraction of `m2` left after 10,000 steps with zero gradients. Exact:
+    0.3679."""
     errors: Float[np.ndarray, " points"]
-    """The error over time, as a share of the largest norm of `m2`."""
+    """The error over time, as a fraction of the largest norm of `m2`."""
 
 
 def gradients(seed: int) -> tuple[Array, Array]:
@@ -83,7 +84,7 @@ def follow(storage: Storage, steps: int, seed: int) -> tuple[Any, Any]:
 
 
 def forget(storage: Storage, steps: int, seed: int) -> float:
-    """The share of `m2` that is left after steps with zero gradients."""
+    """The fraction of `m2` that is left after steps with zero gradients."""
     start, _ = gradients(seed)
 
     def step(m2: Array, t: Array) -> tuple[Array, None]:

@@ -1,4 +1,4 @@
-"""Runs the benchmark suite, and writes its results, a page and its plots.
+"""Runs the benchmark suite and writes its results, a page, and its plots.
 
     python benchmarks/run.py               # ten minutes on an idle machine
     python benchmarks/run.py --short       # under a minute, into runs/benchmarks
@@ -28,7 +28,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 def measure(kinds: tuple[Kind, ...], short: bool, budget: float) -> results.Results:
-    """Runs pytest-benchmark in a process of its own."""
+    """Runs pytest-benchmark in its own process."""
     load = f"{os.getloadavg()[0]:.1f}"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "found.json"
@@ -62,14 +62,12 @@ def run(
     draw_only: bool = False,
     out: Path | None = None,
 ) -> None:
-    """Measures, and writes `benchmarks.json`, `benchmarks.md` and `images`.
+    """Measures and writes `benchmarks.json`, `benchmarks.md`, and `images`.
 
-    Args:
-        kinds: what to measure.
-        short: few and small cases, for a check that everything runs.
-        budget: no case starts after this many seconds. The page lists those left out.
-        draw_only: measure nothing, and draw what is in `out`.
-        out: default: docs, or runs/benchmarks if not everything is measured.
+    Args: kinds: what to measure. short: few and small cases, for a check that
+        everything runs. budget: no case starts after this many seconds. The page lists
+        those left out. draw_only: measure nothing and draw what is in `out`. out:
+        default: docs, or runs/benchmarks if not everything is measured.
     """
     is_partial = short or set(kinds) != set(KINDS)
     out = out or (ROOT / "runs/benchmarks" if is_partial else ROOT / "docs")

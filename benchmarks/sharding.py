@@ -1,11 +1,11 @@
-"""What a step exchanges between devices, and the bytes of state on each of them.
+"""What a step exchanges between devices, and the bytes of state on each device.
 
     python benchmarks/sharding.py    # one minute
 
 Eight CPU devices, one weight of (1024, 4096) and one vector of 4096. The state is made
 by `jax.jit(init)`. The numbers are read from shardings and from compiled programs, so
 they do not depend on the machine. The compiled program is the update alone: gradients
-are sharded as the parameters.
+are sharded like the parameters.
 """
 
 import math
@@ -14,7 +14,7 @@ import re
 from typing import Any, NamedTuple
 
 
-# JAX reads it when it is imported.
+# JAX reads this when it is imported.
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
 import jax
@@ -81,8 +81,8 @@ def measure(layout: Layout, optim: Any) -> str:
 
 
 def compiled(optim: Any, params: Any, state: Any, shardings: Any) -> Any:
-    """The update, which returns updates that are sharded as the parameters, and a state
-    where XLA puts it."""
+    """The update, which returns updates that are sharded like the parameters, and a
+    state where XLA puts it."""
 
     def update(grads: Any, state: Any, params: Any) -> Any:
         updates, state = eqx_ademamix.update(optim, grads, state, params)

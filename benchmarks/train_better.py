@@ -2,7 +2,7 @@
 
 Trains the transformer of `examples/train_language_model.py` on the same text. This
 takes about an hour on two cores. With the first seed, each optimizer runs at four or
-more learning rates. As long as the best rate is the lowest or the highest one, the next
+more learning rates. As long as the best rate is the lowest or highest one, the next
 rate beyond it is tried too. Each optimizer then runs at its best rate with the other
 seeds. With the first three, AdamW also runs for more steps, with schedules that span
 the longer run, until it reaches AdEMAMix's final loss. This shows how many steps AdamW
@@ -73,7 +73,7 @@ class BetterConfig(Config):
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4, 5)
     """The seeds. The first one selects the learning rates. All are reported."""
     longer_seeds: int = 3
-    """For how many of the seeds, the first ones, AdamW also trains for longer."""
+    """The number of seeds, from the first, with which AdamW also trains for longer."""
     longer: tuple[float, ...] = (1.25, 1.5, 2.0)
     """Factors for longer AdamW runs. They are tried in order until AdamW is as good."""
     # Options of the example that differ from run to run, or that do not apply here.

@@ -68,14 +68,14 @@ class AdEMAMix(AbstractMomentOptimizer[AdEMAMixState, Hyperparams]):
     $m_2$ is not bias-corrected: it fills slowly, while $\alpha$ and $\beta_3$ warm up.
     $\alpha = 0$ is AdamW.
 
-    Every hyperparameter is a field. A Python number is static under `eqx.filter_jit`: a
-    different number triggers recompilation. An array of shape `()` is traced: a new
-    value does not, and a batch of values, under `eqx.filter_vmap`, turns a sweep into
-    one program.
+    Every hyperparameter is a field. A Python number is static under `eqx.filter_jit`:
+    changing it triggers recompilation. An array of shape `()` is traced: changing its
+    value does not. A batch of values under `eqx.filter_vmap` turns a sweep into one
+    program.
 
-    You can use the optimizer anywhere optax accepts one by its `init` and `update`. In
-    `optax.inject_hyperparams`, list every argument that is neither a number nor a
-    schedule for optax to resolve: `optax.inject_hyperparams(AdEMAMix,
+    You can use the optimizer anywhere optax needs only its `init` and `update`. With
+    `optax.inject_hyperparams`, mark as static every argument that is neither a number
+    nor a schedule for optax to resolve: `optax.inject_hyperparams(AdEMAMix,
     static_args=("b3", "alpha", "weight_decay_mask", "trainable", "state_format"))`.
 
     !!! Example
@@ -127,7 +127,8 @@ class AdEMAMix(AbstractMomentOptimizer[AdEMAMixState, Hyperparams]):
 
     @staticmethod
     def direction(g: Array, m: Moments[Array], h: Hyperparams) -> Array:
-        """Algorithm 1 on one leaf: the direction, before learning rate and decay."""
+        """Algorithm 1 on one leaf: the direction, before the learning rate and
+        decay."""
         m1_hat = g if m.m1 is None else times(1 / h._bias1, m.m1)  # b1 = 0: m1 is g
         m2_hat = m.m2 if h._m2_weight is None else times(1 / h._m2_weight, m.m2)
         nu_hat = times(1 / h._bias2, m.nu)
@@ -178,7 +179,7 @@ class AdEMAMix(AbstractMomentOptimizer[AdEMAMixState, Hyperparams]):
 
     @property
     def has_m1(self) -> bool:
-        """Not at a Python `b1=0`, where `m1` would equal the gradient."""
+        """False for a Python `b1=0`, where `m1` would equal the gradient."""
         return not (isinstance(self.b1, float) and self.b1 == 0.0)
 
     @property
@@ -215,14 +216,14 @@ class AdEMAMix(AbstractMomentOptimizer[AdEMAMixState, Hyperparams]):
         r"""**Arguments:**
 
         - `learning_rate`: $\eta$, finite; or a schedule, called with `state.count`.
-        - `b1`: $\beta_1$, the decay of the fast average, in [0, 1). With a Python 0, no
-            `m1` is stored, which saves a third of the state. Or a schedule, called with
-            `state.count`, usually [`eqx_ademamix.log_time_beta_scheduler`][]. The bias
-            correction is then $1 - \prod_i \beta_1(i)$, which the state keeps as
-            `m1_weight`.
-        - `b2`: $\beta_2$, the decay of the average of the squares, in [0, 1); or a
-            schedule, as `b1`. The state keeps `nu_weight`.
-        - `b3`: $\beta_3$, the decay of the slow average, in [0, 1); or a schedule,
+        - `b1`: $\beta_1$, the decay rate of the fast average, in [0, 1). With a Python
+            0, no `m1` is stored, which saves a third of the state. Or a schedule,
+            called with `state.count`, usually
+            [`eqx_ademamix.log_time_beta_scheduler`][]. The bias correction is then
+            $1 - \prod_i \beta_1(i)$, which the state keeps as `m1_weight`.
+        - `b2`: $\beta_2$, the decay rate of the average of the squares, in [0, 1); or a
+            schedule, as for `b1`. The state then keeps `nu_weight`.
+        - `b3`: $\beta_3$, the decay rate of the slow average, in [0, 1); or a schedule,
             called with `state.count_m2`, usually [`eqx_ademamix.beta3_scheduler`][]. A
             schedule may have a method `complement(step)` that gives $1 - \beta_3$
             without cancellation.
@@ -241,51 +242,51 @@ class AdEMAMix(AbstractMomentOptimizer[AdEMAMixState, Hyperparams]):
             a bool. Usually [`eqx_ademamix.decay_mask`][]`(model)`.
         - `trainable`: a filter spec that chooses which of the model's inexact arrays
             are trained. All others have no state, and their update is `None`.
-        - `state_format`: a [`eqx_ademamix.StateFormat`][]: how the moments are stored.
-            By default as float32, or as the parameter's own wider type.
+        - `state_format`: a [`eqx_ademamix.StateFormat`][], which says how the moments
+            are stored. By default, as float32, or in the parameter's dtype if that is
+            wider.
         - `bias_correct_m2`: whether to divide $m_2$ by the sum of the weights of all
             gradients in it, $1 - \prod_i \beta_3(i)$, so that it is a true average from
-            the first step on. The paper does so in its Figure 2, but Algorithm 1 does
+            the first step on. The paper does this in its Figure 2, but Algorithm 1 does
             not. The state then keeps that sum, `m2_weight`.
         - `decoupled_weight_decay`: whether the decay term is $-\lambda(t) \, \theta$,
             without the learning rate (Loshchilov & Hutter 2019, arXiv:1711.05101,
             Algorithm 2). To decay the term with the learning rate, give `weight_decay`
             a schedule of the same shape.
-        - `learning_rate_scale`: a factor of the learning rate, and with it of a coupled
-            weight decay: one number for all parameters, or a tree of them, shaped like
-            the model or like a prefix of it. Each is a number or an array over the
-            first axes of its parameters, for stacked layers. Usually
+        - `learning_rate_scale`: a factor that multiplies the learning rate, and so a
+            coupled weight decay: one number for all parameters, or a tree shaped like
+            the model or a prefix of it. Each leaf is a number or, for stacked layers,
+            an array over the first axes of its parameters. Usually
             [`eqx_ademamix.path_scales`][]`(model, rules)`.
-        - `max_slow_ratio`: $r > 0$, or `None`, which is off. Inside of the update, the
-            magnitude of each entry of $m_2$ (divided by its weight with
-            `bias_correct_m2`) is clipped to $r \sqrt{\hat \nu}$. The $m_2$ in the state
-            stays as it is. So the slow average never moves an entry by more than
-            $\alpha r$ learning rates per step, even where the gradients have stopped,
-            and $\sqrt{\hat \nu}$ decays faster than $m_2$. The recommended value is 1.
-            The weights $w_i$ of the gradients in $m_2$ add up to at most 1, so
+        - `max_slow_ratio`: $r > 0$, or `None` (off). In the update, the magnitude of
+            each entry of $m_2$ (divided by its weight with `bias_correct_m2`) is
+            clipped to $r \sqrt{\hat \nu}$. The $m_2$ in the state does not change. So
+            the slow average never moves an entry by more than $\alpha r$ learning rates
+            per step, even where the gradients have vanished and $\sqrt{\hat \nu}$
+            decays faster than $m_2$. The recommended value is 1. The weights $w_i$ of
+            the gradients in $m_2$ add up to at most 1, so
             $|m_2|^2 = |\sum_i w_i g_i|^2 \le \sum_i w_i |g_i|^2$ (Jensen). For
             stationary gradients, the mean of the right-hand side is at most that of
-            $\hat \nu$. So $|m_2|$ exceeds $\sqrt{\hat \nu}$ by much only where
-            gradients have become smaller. [Guards](../guards.md#in-normal-training)
-            says how often that happens in training.
-        - `clip_update_rms`: $c > 0$, or `None`, which is off. The direction $d$ of each
-            leaf, which is the fraction in the last line of the algorithm, is multiplied
-            by $\min(1, c / \text{RMS}(d))$, before the learning rate and the decay. So
-            no leaf moves further than $c$ learning rates in the mean. The leaf counts
-            as a whole: layers that are stacked in one array share one RMS, and so do
-            all shards of an array, except inside of `jax.shard_map`, where each shard
-            has its own. In a vmapped update, each member has its own. StableAdamW
-            (Wortsman et al. 2023, arXiv:2304.13013, Algorithm 2) divides the learning
-            rate of each leaf by
-            $\max(1, \text{RMS}(g / \sqrt{\hat \nu}))$, the clipping of Adafactor. That
-            reacts to a sudden large gradient, but not to a slow average that is too
-            large. $d$ contains both.
-        - `skip_nonfinite`: whether a step with a NaN or an infinity in the gradients of
-            the trained leaves is skipped: the updates are 0 (without weight decay), and
-            the moments and the counters keep all of their bits. The state counts such
-            steps in `skipped`. All devices decide alike, and each member of a vmapped
-            update decides for itself. It is what `optax.apply_if_finite` does without
-            a limit on the number of errors, but without another state around this one.
+            $\hat \nu$. So $|m_2|$ far exceeds $\sqrt{\hat \nu}$ only where the
+            gradients have shrunk. [Guards](../guards.md#in-normal-training) says how
+            often that happens in training.
+        - `clip_update_rms`: $c > 0$, or `None` (off). The direction $d$ of each leaf,
+            which is the fraction in the last line of the algorithm, is multiplied by
+            $\min(1, c / \text{RMS}(d))$, before the learning rate and the decay. So no
+            leaf's RMS step exceeds $c$ learning rates. The RMS is over the whole leaf:
+            layers stacked in one array share one RMS, as do all shards of an array,
+            except inside `jax.shard_map`, where each shard has its own. In a vmapped
+            update, each member has its own. StableAdamW (Wortsman et al. 2023,
+            arXiv:2304.13013, Algorithm 2) divides the learning rate of each leaf by
+            $\max(1, \text{RMS}(g / \sqrt{\hat \nu}))$, as Adafactor's clipping does.
+            That reacts to a sudden large gradient, but not to a slow average that is
+            too large. $d$ contains both.
+        - `skip_nonfinite`: whether to skip a step with a NaN or infinity in the
+            gradients of the trained leaves: the updates are 0 (no weight decay either),
+            and the moments and counters do not change, bit for bit. The state counts
+            such steps in `skipped`. All devices make the same decision; each member of
+            a vmapped update decides on its own. `optax.apply_if_finite` does the same,
+            but limits the number of errors and wraps the state in another one.
 
         Schedules are called with the number of steps taken so far (0, 1, 2, ...), as in
         optax. The paper's $t$ is one more.

@@ -29,12 +29,12 @@ from ._sharding import Place, is_committed, is_explicit, place_beside
 
 
 NAMES = ("model", "state", "model_state")
-# A number that enters and leaves a compiled call without an array: JAX takes `None` for
-# a node without leaves, so `n` of them are a part of the structure of the arguments.
+# A number passed in and out of a compiled call without an array: JAX treats `None` as a
+# node without leaves, so `n` of them are part of the structure of the arguments.
 Structure: TypeAlias = tuple[None, ...]
 
 #
-# What is known of the arrays without their values
+# What is known about the arrays without their values
 #
 
 
@@ -43,7 +43,7 @@ class Type:
     """The type of an array."""
 
     shape: tuple[int, ...]
-    dtype: DType | Any  # a PRNG key has a dtype of its own kind
+    dtype: DType | Any  # a PRNG key has its own kind of dtype
     weak_type: bool
     in_host: bool = False  # in host memory
 
@@ -199,8 +199,8 @@ def _groups(types: Sequence[Type], placements: Sequence[Placement]) -> list[list
 
 
 def _is_small(x: Array, pack_below: int) -> bool:
-    """Whether an array may share a buffer with others of its dtype. Not if that would
-    lose something: a weak type, a PRNG key, a sharding, or its memory."""
+    """Whether an array may share a buffer with others of its dtype. Not if sharing
+    would lose something: a weak type, a PRNG key, a sharding, or its memory."""
     is_key = jnp.issubdtype(x.dtype, jax.dtypes.extended)
     if is_key or type_of(x).weak_type or is_in_host(x) or x.size >= pack_below:
         return False
@@ -259,8 +259,8 @@ class TrainCarry(eqx.Module):
 
 
 def carry_of(arrays: tuple[Array, ...], layout: Layout) -> TrainCarry:
-    """A carry, made as Equinox does when it unflattens a module: 15 us faster than by
-    its constructor."""
+    """Makes a carry the way Equinox unflattens a module: 15 us faster than the
+    constructor."""
     carry = object.__new__(TrainCarry)
     object.__setattr__(carry, "arrays", arrays)
     object.__setattr__(carry, "layout", layout)
@@ -273,11 +273,11 @@ def carry_of(arrays: tuple[Array, ...], layout: Layout) -> TrainCarry:
 
 
 def copies_of(arrays: Sequence[AnyArray]) -> list[Array]:
-    """Copies, so that nothing of the user's is donated, and no array twice.
+    """Copies, so that none of the user's arrays is donated, and none is donated twice.
 
-    Beside arrays that were put on a mesh of devices or on a device by name, the others
-    (the counters) are put there. Otherwise the first call would do it, and the second
-    one would find arrays of another kind and compile again.
+    If some arrays were explicitly put on a device or a mesh of devices, the others (the
+    counters) are put there too. Otherwise the first call would do it, and the second
+    would find arrays of another kind and compile again.
     """
     place = place_beside(arrays)
     return [copy_of(_placed(x, place)) for x in arrays]
@@ -295,8 +295,8 @@ def _placed(x: AnyArray, place: Place) -> AnyArray:
 
 
 def copy_of(x: AnyArray) -> Array:
-    """A copy in the same memory. Only the device computes, so it does not copy what is
-    in host memory."""
+    """A copy in the same memory. Computations run on the device, so they do not copy
+    arrays in host memory."""
     if is_in_host(x) and is_concrete(x):
         return jax.device_put(x, x.sharding, may_alias=False)
     return _copy(x)

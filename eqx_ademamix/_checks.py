@@ -1,8 +1,8 @@
-"""The checks, whose messages name the place.
+"""The checks. Their messages say where the problem is.
 
-Everything here reads only structure, shapes and dtypes, and the values of counters that
-are not traced. So under `jit` it runs once, at trace time, and a compiled step pays
-nothing for it.
+Everything here reads only structure, shapes, dtypes, and the values of counters that
+are not traced. So under `jit` it runs once, at trace time, and adds nothing to a
+compiled step.
 """
 
 from typing import Any, NoReturn
@@ -44,7 +44,7 @@ from ._storage.format import Moments, StateFormat, codecs
 
 
 def check_optimizer(optim: object) -> None:
-    """An optimizer is known by its methods: `optax.MultiSteps` is not a
+    """Recognizes an optimizer by its methods, since `optax.MultiSteps` is not a
     `GradientTransformation`."""
     methods = [getattr(optim, name, None) for name in ("init", "update")]
     if isinstance(optim, type) or not all(map(callable, methods)):
@@ -119,7 +119,7 @@ def check_counter(name: str, count: object) -> None:
 
 
 def check_weights(state: AbstractMomentState[Any], used: tuple[str, ...]) -> None:
-    """Checks the scalars that add up weights: those that the optimizer uses are there,
+    """Checks the scalars that sum weights: the state has those that the optimizer uses,
     and no others."""
     for name in state.weights:
         weight = getattr(state, name)
@@ -162,7 +162,7 @@ def _check_weight(name: str, weight: object) -> None:
 
 
 def check_progress(state: AbstractMomentState[Any]) -> None:
-    """Checks the values of the counters and sums of a state, where they are known."""
+    """Checks the values of a state's counters and sums, where they are known."""
     for name in (*state.counters, "skipped"):
         check_count(f"state.{name}", getattr(state, name))
     for name in state.weights:
@@ -303,8 +303,9 @@ def check_departures(
     *,
     keep_extra: bool,
 ) -> None:
-    """Checks where a tree is built differently than another one: legal only where that
-    has no arrays, and (except with `keep_extra`) it has none either."""
+    """Checks where the structure of a tree differs from another one's. It may differ
+    only where the other has no arrays and, except with `keep_extra`, it has none
+    either."""
     for path, found, expected, is_static in departures:
         is_extra = keep_extra or not jtu.tree_leaves(found)
         if is_static or (is_extra and not jtu.tree_leaves(expected)):
@@ -405,8 +406,8 @@ def _check_gradient_fits(leaf: Leaf) -> None:
 def check_leaf(
     where: str, leaf: Node, other: str, moment: Stored | None, complex_too: bool = True
 ) -> None:
-    """Checks a leaf against a moment: an array if that is one, of the same shape, and
-    complex for complex."""
+    """Checks a leaf against a moment: an array if the moment is one, of the same shape,
+    and complex if the moment is."""
     _check_leaf(where, leaf, other, moment)
     if complex_too and moment is not None:
         _check_complex(where, leaf, other, moment)
@@ -455,7 +456,7 @@ def _check_complex(where: str, leaf: Array, other: str, moment: Stored) -> None:
 def _check_stored(
     leaf: Leaf, names: Moments[str], fmt: StateFormat, has_params: bool
 ) -> None:
-    """Checks how the moments are stored. Without the parameters only their shapes are
+    """Checks how the moments are stored. Without the parameters, only their shapes are
     known: the gradients may be narrower or wider."""
     if leaf.moments.m2 is None or leaf.trained is None:
         return
@@ -507,9 +508,9 @@ def checked_leaves(
     keep_extra: bool = False,
     complex_too: bool = True,
 ) -> list[Array | None]:
-    """The leaves of a tree of arrays in the order of a tree of moments, once it is
-    known that they fit: an array wherever that has one (and, except with `keep_extra`,
-    nowhere else), of the same shape, and complex for complex."""
+    """The leaves of a tree of arrays in the order of a tree of moments, once they are
+    known to fit: an array wherever there is a moment (and, except with `keep_extra`,
+    nowhere else), of the same shape, and complex where the moment is."""
     values, departures = align(tree, like)
     check_departures(name, departures, other, keep_extra=keep_extra)
     for path, leaf, moment in zip(like.paths, values, like.values, strict=True):

@@ -68,10 +68,10 @@ def decay_mask(
     1. `predicate`,
     2. `exclude`: not decayed,
     3. `include`: decayed,
-    4. its module, or one around it, is among `skip_types` (normalization layers): not
-       decayed,
-    5. its field has the name of a bias (`bias`, `bias_ih`, `qkv_bias`, ...): not
-       decayed, whatever its rank,
+    4. its module, or an enclosing one, is among `skip_types` (normalization layers):
+       not decayed,
+    5. its field is named like a bias (`bias`, `bias_ih`, `qkv_bias`, ...): not decayed,
+       whatever its rank,
     6. its rank: decayed if it is at least 2. Axes that come from stacking layers with
        `eqx.filter_vmap` do not count. A stack is recognized by the layers of `eqx.nn`
        in it, whose ranks are known, and by jaxtyping annotations of fields. A stack
@@ -200,7 +200,7 @@ def _places(
 
 
 def _stacked_axes(node: Node) -> tuple[int, ...]:
-    """The leading axes that all arrays of known rank below a module have in excess, and
+    """The extra leading axes that all arrays of known rank below a module share, and
     that all its other arrays have too: stacking a module stacks everything in it."""
     known = list(_known_arrays(node))
     if not (isinstance(node, eqx.Module) and known):
@@ -279,10 +279,10 @@ def decay_report(model: PyTree, mask: FilterSpec) -> str:
 
     **Returns:**
 
-    Text for a person to read. For each inexact array, a line has its path, its shape,
-    and the rule of `decay_mask` that gives the mask's value. It says "chosen" where the
-    rules alone give the opposite (because of `predicate`, `exclude`, `include`, or a
-    mask made by hand).
+    Human-readable text. Each inexact array has a line with its path, its shape, and the
+    rule of `decay_mask` that gives the mask's value. It says "chosen" where the rules
+    alone give the opposite (because of `predicate`, `exclude`, `include`, or a mask
+    made by hand).
 
     **Raises:**
 

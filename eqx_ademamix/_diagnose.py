@@ -24,7 +24,7 @@ History: TypeAlias = Sequence[Mapping[str, Any]]
 def diagnose(
     history: History | str | os.PathLike[str], *, param_dtype: DTypeLike = "float32"
 ) -> list[str]:
-    """Says what is wrong with a run, and what to change.
+    """Says what is wrong with a run and what to change.
 
     [Watching a run](../watching.md#findings) has a table of all findings. What is not
     in the log is not checked, and a healthy run gets no findings.
@@ -32,21 +32,20 @@ def diagnose(
     **Arguments:**
 
     - `history`: a sequence of dictionaries, one for each logged step, or the path of a
-        CSV file that has them as rows. A dictionary has what
-        [`eqx_ademamix.telemetry`][] returned, as arrays of shape `()` or as numbers,
-        and `step`, counted from 1. It may have `loss`, and what
-        [`eqx_ademamix.stall_report`][] returned, under keys such as
-        `stalled/m2/['weight']`. Rows may be in any order: of two rows of one step, as
-        after a resume, the later one counts. Other keys, text, and numbers that are
-        missing or NaN are ignored.
+        CSV file with these as rows. A dictionary has what [`eqx_ademamix.telemetry`][]
+        returned, as arrays of shape `()` or as numbers, and `step`, counted from 1. It
+        may have `loss`, and what [`eqx_ademamix.stall_report`][] returned, under keys
+        such as `stalled/m2/['weight']`. Rows may be in any order. If two rows have the
+        same step, as after a resume, the later one counts. Other keys, text, and
+        numbers that are missing or NaN are ignored.
     - `param_dtype`: the dtype of the parameters to which the updates are added. Leave
         it out for 16-bit parameters in an [`eqx_ademamix.Compensated`][], which loses
         nothing.
 
     **Returns:**
 
-    A list of findings, empty if there are none. Each one has the numbers from the log
-    that are behind it.
+    A list of findings, empty if there are none. Each one gives the numbers from the log
+    behind it.
 
     **Raises:**
 
@@ -82,7 +81,7 @@ def diagnose(
 
 
 class Series(NamedTuple):
-    """What a log has under one key, by increasing steps."""
+    """What a log has under one key, in order of steps."""
 
     steps: Float[np.ndarray, " rows"]
     values: Float[np.ndarray, " rows"]
@@ -210,7 +209,8 @@ def _at(step: Any) -> str:
 
 
 def _ratio(x: Series, y: Series) -> Series:
-    """One series over another one, at the steps that both have, where that is not 0."""
+    """One series divided by another, at the steps that both have, where the divisor is
+    not 0."""
     steps, i, j = np.intersect1d(x.steps, y.steps, return_indices=True)
     over, under = x.values[i], y.values[j]
     whole = under != 0
@@ -228,7 +228,7 @@ def _half_life(log: Log) -> Series:
 
 
 def _steps_in_rates(log: Log) -> Series:
-    """The RMS of the updates in learning rates."""
+    """The RMS of the updates in units of the learning rate."""
     return _ratio(log.get("update_rms"), log.get("learning_rate"))
 
 
@@ -283,11 +283,11 @@ _HEAVY = 1.0
 
 
 def _short_warm_up(log: Log, _: DType) -> Iterator[str]:
-    """b3 is at its final value before it had time to fill the slow average.
+    """b3 reaches its final value before it has had time to fill the slow average.
 
     Half of what a full average holds comes from its last half-life. If b3 is final
     before that, the slow average consists of the gradients of the first steps, which
-    are the largest and the least useful, and keeps them for a half-life and more."""
+    are the largest and least useful, and keeps them for a half-life or more."""
     half_life = _half_life(log)
     if not len(half_life.steps) or not _SHORT_MEMORY <= half_life.last < math.inf:
         return
@@ -306,7 +306,7 @@ def _short_warm_up(log: Log, _: DType) -> Iterator[str]:
 
 def _is_filled(log: Log, half_life: float) -> bool:
     """Whether the log begins with a slow average from an earlier run. After t steps, a
-    new one has at most the weight 1 - b3^t. Twice that leaves room for noise."""
+    new one has a weight of at most 1 - b3^t. Twice that leaves room for noise."""
     filled = _ratio(log.get("m2_rms"), log.get("m1_rms"))
     if not len(filled.steps):
         return False
@@ -315,15 +315,15 @@ def _is_filled(log: Log, half_life: float) -> bool:
 
 
 # The slow average of steady gradients is no larger than their fast average, since it
-# averages over more of their noise. So the ratio is at most alpha. Twice that is a
+# averages out more of their noise. So the ratio is at most alpha. Twice that is a
 # margin for gradients that shrink slowly, as they do while a model converges.
 _OUTWEIGHS = 2.0
 
 
 def _large_slow_average(log: Log, _: DType) -> Iterator[str]:
     """The ratio alone is harmless: it is large whenever a model has converged, and then
-    its updates are small. Together with updates that are larger than before, it is the
-    slow average that moves the parameters."""
+    its updates are small. If the updates are also larger than before, the slow average
+    is what moves the parameters."""
     ratio, rates = log.get("slow_fast_ratio"), _steps_in_rates(log)
     if min(len(ratio.steps), len(rates.steps)) < _FEW:
         return
@@ -344,9 +344,9 @@ def _large_slow_average(log: Log, _: DType) -> Iterator[str]:
 # Averages of independent gradients have a cosine near 0, and it was never below -0.06
 # in healthy runs.
 _OPPOSED = -0.1
-# If the gradients turn around at once, the slow average is 2 b3^t - 1 of what it was,
-# so it follows after one half-life. A quarter of one is long, and comes with every
-# turn.
+# If the gradients reverse at once, the slow average is 2 b3^t - 1 times what it was, so
+# it follows after one half-life. A quarter of that is long, and every reversal lasts
+# that long.
 _LONG = 0.25
 
 
@@ -366,7 +366,7 @@ def _opposed_averages(log: Log, _: DType) -> Iterator[str]:
 
 
 def _longest(flags: np.ndarray) -> tuple[int, int]:
-    """The first and the last place of the longest run of true ones."""
+    """The first and last index of the longest run of true values."""
     edges = np.flatnonzero(np.diff(np.r_[False, flags, False].astype(int)))
     runs = [(int(a), int(b) - 1) for a, b in edges.reshape(-1, 2)]
     return max(runs, key=lambda run: run[1] - run[0], default=(0, 0))
@@ -384,7 +384,7 @@ def _growing_updates(log: Log, _: DType) -> Iterator[str]:
     updates, steady = log.get("update_rms"), _without_schedules(log)
     if min(len(updates.steps), len(steady.steps)) < 2 * _FEW:
         return
-    # The first tenth is left out, since an update is as long as a learning rate there.
+    # The first tenth is left out, since its updates are as long as a learning rate.
     growth = [
         series.part(0.9, 1.0).median / max(series.part(0.1, 0.5).median, 1e-300)
         for series in (updates, steady)
@@ -398,7 +398,7 @@ def _growing_updates(log: Log, _: DType) -> Iterator[str]:
 
 
 def _without_schedules(log: Log) -> Series:
-    """The updates in units of the longest that steady gradients give: 1 + alpha
+    """The updates in units of the longest one that steady gradients give: 1 + alpha
     learning rates."""
     rates, alpha = _steps_in_rates(log), log.get("alpha")
     return _ratio(rates, Series(alpha.steps, 1 + alpha.values))
@@ -431,7 +431,7 @@ def _frozen_moments(log: Log, _: DType) -> Iterator[str]:
     yield from _constant_slow_average(log)
 
 
-# How much of the slow average must have been replaced meanwhile.
+# How much of the slow average must have been replaced in the meantime.
 _REPLACED = 0.05
 
 

@@ -32,7 +32,7 @@ from ._storage.codec import Stored, Struct
 from ._storage.format import Moments
 
 
-# Bools, or callables from an array to a bool. Checked where it meets a model.
+# Bools, or callables from an array to a bool. Checked against a model when used.
 FilterSpec: TypeAlias = PyTree
 
 
@@ -42,11 +42,11 @@ def with_python_bools(spec: FilterSpec) -> FilterSpec:
 
 
 def as_bools(spec: FilterSpec, arrays: Leaves, name: str) -> list[bool]:
-    """Resolves a filter spec to one bool for each leaf of a tree of arrays and `None`:
+    """Resolves a filter spec to one bool for each leaf of a tree of arrays and `None`s:
     `False` for `None`.
 
-    A spec is a bool for a whole subtree, a callable on each array of it, or a node
-    whose children are specs.
+    A spec is a bool for a whole subtree, a callable applied to each array in it, or a
+    node whose children are specs.
     """
     kind = "A mask is a bool, a callable on one array, or a tree of bools"
     places = zip(by_leaf(spec, arrays, name, kind), *arrays[:2], strict=True)
@@ -54,7 +54,7 @@ def as_bools(spec: FilterSpec, arrays: Leaves, name: str) -> list[bool]:
 
 
 def by_leaf(spec: PyTree, arrays: Leaves, name: str, kind: str) -> list[Node]:
-    """What a prefix tree has for each leaf of a tree of arrays and `None`.
+    """What a prefix tree has for each leaf of a tree of arrays and `None`s.
 
     A prefix tree may have anything at places without arrays, so it can be shaped either
     like the whole model or like the filtered model.
@@ -85,8 +85,8 @@ def _by_node(
 
 
 def _check_is_for_leaves(spec: Node, arrays: PyTree, name: str, path: Path) -> None:
-    """Refuses a mask of optax, which is called on a whole tree. On one array, its paths
-    are empty, so it would choose by other rules, without an error."""
+    """Rejects an optax mask, which is called on a whole tree. On a single array, its
+    paths are empty, so it would choose by other rules, without an error."""
     if not callable(spec) or is_leaf(arrays) or not _is_for_trees(spec, arrays):
         return
     or_else = "" if name == "trainable" else ", or use `decay_mask(model)`"
@@ -99,8 +99,8 @@ def _check_is_for_leaves(spec: Node, arrays: PyTree, name: str, path: Path) -> N
 
 
 def _is_for_trees(spec: Callable[[PyTree], Any], arrays: PyTree) -> bool:
-    """Whether a callable turns a tree into a tree of bools. One that is written for an
-    array returns a single bool, or raises an error: a tree has no `ndim`."""
+    """Whether a callable turns a tree into a tree of bools. One written for an array
+    returns a single bool or raises an error: a tree has no `ndim`."""
     try:
         found = spec(arrays)
     except Exception:
@@ -165,14 +165,14 @@ class Leaf(NamedTuple):
 
     path: Path
     grad: Node
-    param: Node  # what `params` (if there are none, `grads`) hold there
+    param: Node  # what `params` (or `grads`, without them) has there
     trained: Array | None  # the same, if it is trained
     moments: Moments[Stored | None]  # `None` where the state has none
 
 
 class Selection(NamedTuple):
     """The trees that go into `update`, in the order of the leaves of `m2`. Departures
-    are the places where another tree is built differently than `m2`."""
+    are the places where another tree has a different structure than `m2`."""
 
     leaves: list[Leaf]
     like: Leaves  # the tree `m2`
@@ -228,8 +228,8 @@ def as_gradient(x: Node) -> Node:
 
 
 def _in_range(x: np.ndarray | np.generic) -> np.ndarray | np.generic:
-    """A NumPy gradient in the range of the widest float that is enabled: a finite
-    number stays finite when it is converted."""
+    """A NumPy gradient, clipped to the range of the widest float that is enabled: a
+    finite number stays finite when it is converted."""
     dtype: DType = x.dtype
     widest = jnp.finfo(jnp.result_type(float))
     if dtype.kind not in "fc" or np.finfo(dtype).bits <= widest.bits:

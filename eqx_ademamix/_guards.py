@@ -1,4 +1,4 @@
-"""Guards: what limits a step, and what skips one."""
+"""Guards: they limit a step or skip it."""
 
 from collections.abc import Sequence
 from typing import TypeAlias, TypeVar
@@ -40,12 +40,12 @@ def limited_ratio(
 def limited_rms(
     u: Inexact[Array, "..."], limit: Float[Array, ""]
 ) -> Inexact[Array, "..."]:
-    r"""$u \min(1, c / \text{RMS}(u))$ for a finite $u$. NaNs count as 0, so they don't
+    r"""$u \min(1, c / \text{RMS}(u))$ for a finite $u$. NaNs count as 0, so they do not
     spread.
 
     The squares of large numbers overflow, so with $s$ the largest magnitude of a part,
-    it is $(u / s) \min(s, c / \text{RMS}(u / s))$. The result doesn't depend on $s$, so
-    its derivative doesn't either.
+    it is $(u / s) \min(s, c / \text{RMS}(u / s))$. The result does not depend on $s$,
+    so neither does its derivative.
     """
     if u.size == 0:
         return u
@@ -72,8 +72,8 @@ def _largest(parts: list[Array]) -> Float[Array, ""]:
 def is_taken(
     grads: Sequence[Inexact[Array, "..."]], count: Int32[Array, ""]
 ) -> Bool[Array, ""]:
-    """Whether all gradients are finite. Inside of `jax.shard_map`, devices that share
-    the counter of steps decide alike."""
+    """Whether all gradients are finite. Inside `jax.shard_map`, devices that share the
+    step counter make the same decision."""
     flag = _all_finite(list(grads))
     axes = tuple(varying_axes(flag) - varying_axes(count))
     return lax.pmin(flag.astype(jnp.int32), axes) > 0 if axes else flag
@@ -86,13 +86,13 @@ def _all_finite(grads: list[Array]) -> Bool[Array, ""]:
 
 
 def chosen(taken: Taken, new: T, old: T) -> T:
-    """What is new if the step is taken, and what is old, bit for bit, if not."""
+    """The new value if the step is taken; otherwise the old one, bit for bit."""
     if taken is None:
         return new
     return jax.tree.map(lambda x, y: jnp.where(taken, x, y), new, old)
 
 
 def update_if(taken: Taken, update: Array) -> Array:
-    """The update of a leaf if the step is taken, otherwise 0. It is the negative zero:
-    the positive one would turn a parameter of -0 into 0."""
+    """The update of a leaf if the step is taken, otherwise 0. The 0 is negative: a
+    positive 0 would turn a parameter of -0 into 0."""
     return update if taken is None else chosen(taken, update, -jnp.zeros_like(update))

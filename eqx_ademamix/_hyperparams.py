@@ -1,4 +1,4 @@
-"""Hyperparameters: checked where they are concrete, resolved at the counters."""
+"""Hyperparameters: checked if they are concrete, resolved at the counters."""
 
 import dataclasses
 import enum
@@ -30,7 +30,7 @@ HyperParamLikeOrSchedule: TypeAlias = HyperParamLike | Schedule
 
 
 class Domain(NamedTuple):
-    """The set of the legal values of a hyperparameter."""
+    """The set of legal values of a hyperparameter."""
 
     contains: Callable[[float], bool]
     text: str
@@ -43,7 +43,7 @@ non_negative = Domain(lambda x: 0 <= x < np.inf, "a finite number >= 0")
 positive = Domain(lambda x: 0 < x < np.inf, "a finite number > 0")
 fraction = Domain(lambda x: 0 <= x <= 1, "a number in [0, 1]")
 decay = Domain(lambda x: 0 <= x < 1, "a number in [0, 1)", is_decay=True)
-# A decay that rounds to 1 is legal where a schedule gives its complement, too.
+# A decay rate that rounds to 1 is legal if a schedule also gives its complement.
 _rounded_decay = decay._replace(contains=lambda x: 0 <= x <= 1)
 _complement = Domain(lambda x: 0 < x <= 1, "a number in (0, 1]")
 
@@ -69,7 +69,8 @@ def hyperparam(name: str, given: object, domain: Domain) -> HyperParam:
     is_array = isinstance(value, (np.ndarray, jax.Array))
     number, used = _number(value), _number(value, jnp.result_type(float))
     # What matters is the value as it will be used: 1e39 is infinite in float32, and an
-    # array 1 - 1e-9 is 1. But a decay that is a Python number is used as `1 - decay`.
+    # array 1 - 1e-9 is 1. But a decay rate that is a Python number is used as
+    # `1 - decay`.
     if not domain.contains(number if domain.is_decay and not is_array else used):
         is_rounding = domain.contains(number)
         as_used = f" ({used} in {jnp.result_type(float)})" if is_rounding else ""
@@ -113,7 +114,7 @@ def resolve(name: str, value: object, count: Array, domain: Domain) -> Scalar:
 
 def _at(name: str, value: object, count: Array, domain: Domain) -> HyperParamLike:
     """A constant was checked when the optimizer was made. What a schedule returns is
-    checked in the same way now, if it is concrete."""
+    checked in the same way here, if it is concrete."""
     if callable(value):
         return hyperparam(f"{name}(count)", value(count), domain)
     if domain.is_decay:
@@ -122,8 +123,8 @@ def _at(name: str, value: object, count: Array, domain: Domain) -> HyperParamLik
 
 
 def resolve_decay(name: str, value: object, count: Array) -> tuple[Scalar, Scalar]:
-    """A decay at a counter, and `1 - decay` from the widest numbers there are:
-    cancellation would cost `1 - 0.999999` all but one of its digits in float32."""
+    """A decay rate at a counter, and `1 - decay` from the widest numbers available: in
+    float32, cancellation would leave `1 - 0.999999` with only one correct digit."""
     complement = getattr(value, "complement", None)
     if complement is not None:
         rounded = resolve(name, value, count, _rounded_decay)
@@ -133,7 +134,7 @@ def resolve_decay(name: str, value: object, count: Array) -> tuple[Scalar, Scala
 
 
 def decay_complement(name: str, value: object) -> Scalar:
-    """`1 - value` for a decay that a caller passes directly, checked."""
+    """`1 - value` for a decay rate that a caller passes directly, checked."""
     checked = hyperparam(name, value, decay)
     return wide(1.0 - checked if isinstance(checked, float) else 1.0 - wide(checked))
 
@@ -198,7 +199,7 @@ def _check_precision(name: str, value: object) -> None:
 
 
 class Purpose(enum.Enum):
-    """What a schedule of this package is meant for."""
+    """What a schedule in this package is for."""
 
     alpha = enum.auto()
     decay = enum.auto()
@@ -207,7 +208,7 @@ class Purpose(enum.Enum):
 
 
 def check_schedule(name: str, value: object, *allowed: Purpose) -> None:
-    """Detects swapped schedules. What a user's own function is meant for is unknown."""
+    """Detects swapped schedules. The purpose of a user's own function is unknown."""
     purpose = getattr(value, "purpose", None)
     if isinstance(purpose, Purpose) and purpose not in allowed:
         raise TypeError(
@@ -224,8 +225,8 @@ def check_schedules(optim: object, names: tuple[str, ...]) -> None:
         )
 
 
-# A learning rate or a weight decay can have the shape of another number's schedule. A
-# decay such as `b3` cannot.
+# A learning rate or weight decay can follow the shape of another hyperparameter's
+# schedule. A decay rate such as `b3` cannot.
 _ALLOWED = {
     "alpha": (Purpose.alpha,),
     "learning_rate": (Purpose.learning_rate, Purpose.alpha),
@@ -251,7 +252,7 @@ def checked_flag(name: str, value: object) -> bool:
 
 
 def positive_int(name: str, value: Any) -> int:
-    """A number of steps, checked. It becomes a counter of 32 bits."""
+    """A number of steps, checked. It becomes a 32-bit counter."""
     is_int = isinstance(value, int | np.integer) and not isinstance(value, bool)
     if is_int and 1 <= value <= np.iinfo(np.int32).max:
         return int(value)
@@ -275,8 +276,8 @@ def check_one_divisor(bias_correct_m1: bool, normalize: bool) -> None:
 
 
 class AbstractHyperparams(eqx.Module):
-    """The hyperparameters of an optimizer at a step. Public fields are those that a
-    user sets. Private fields are derived from them, and are what the rule uses."""
+    """The hyperparameters of an optimizer at a step. Users set the public fields. The
+    private fields are derived from them, and the rule uses those."""
 
     learning_rate: eqx.AbstractVar[Scalar]
     weight_decay: eqx.AbstractVar[Scalar]
@@ -291,7 +292,7 @@ class AbstractHyperparams(eqx.Module):
 
 
 def shown(value: object) -> str:
-    """A value as a person wants to read it: arrays as their numbers."""
+    """A value in readable form: arrays as their numbers."""
     if isinstance(value, float):
         return f"{value:.12g}"
     if not _is_readable(value):
@@ -324,7 +325,7 @@ def public_part(h: H) -> H:
     public = object.__new__(type(h))
     for name, value in vars(h).items():
         if not name.startswith("_"):
-            # A module is frozen after `__init__`, which would want all fields.
+            # A module is frozen after `__init__`, which would need all fields.
             object.__setattr__(public, name, value)
     return public
 

@@ -1,4 +1,4 @@
-"""What a state holds, what it costs, and where it is inside of another one."""
+"""What a state holds, how large it is, and where it is inside another one."""
 
 import dataclasses
 import math
@@ -60,7 +60,7 @@ def hyperparams(optim: AbstractOptimizer[Any], state: PyTree) -> Any: ...
 @no_type_check
 def hyperparams(optim: AbstractOptimizer[Any], state: PyTree) -> AbstractHyperparams:
     """The hyperparameters as the next `update` will use them, with schedules resolved
-    at the state's counters. Works inside and outside of `jit`.
+    at the state's counters. Works inside and outside `jit`.
 
     **Arguments:**
 
@@ -81,10 +81,9 @@ def hyperparams(optim: AbstractOptimizer[Any], state: PyTree) -> AbstractHyperpa
     innermost one decides. There are two exceptions:
 
     - If `optim` has a schedule for `b3` or `alpha`, that schedule decides, since
-        [`eqx_ademamix.ademamix`][] ignores the number `b3` where it has a
-        `b3_scheduler`.
-    - If optax computes a value from a schedule, its state has the value of the last
-        step. If `optim` has that schedule too, you get the value of the next step.
+        [`eqx_ademamix.ademamix`][] ignores the number `b3` if it has a `b3_scheduler`.
+    - If optax computes a value from a schedule, its state has the last step's value. If
+        `optim` has that schedule too, you get the next step's value.
 
     **Raises:**
 
@@ -110,8 +109,8 @@ def hyperparams(optim: AbstractOptimizer[Any], state: PyTree) -> AbstractHyperpa
 def resolved(
     optim: object, state: PyTree
 ) -> tuple[AbstractMomentOptimizer[Any, Any], Any, Any]:
-    """The optimizer of this package inside of another one, its state inside of a tree,
-    and its hyperparameters as the next `update` will use them."""
+    """The optimizer of this package inside another one, its state inside a tree, and
+    its hyperparameters as the next `update` will use them."""
     check_optimizer(optim)
     inner, cls = _moment_optimizer(optim)
     check_alive("optim", inner)
@@ -124,7 +123,7 @@ def resolved(
 
 @no_type_check
 def decoded(state: State) -> State:
-    """The same state with its moments as arrays, so that you can read, plot or convert
+    """The same state with its moments as arrays, so that you can read, plot, or convert
     them.
 
     **Arguments:**
@@ -133,14 +132,13 @@ def decoded(state: State) -> State:
 
     **Returns:**
 
-    The tree with a float32 (or complex64) array in place of each encoded moment, in the
-    memory of the device. Moments that are stored as a dtype stay as they are, and share
-    their buffers with `state`. [`eqx_ademamix.change_state_format`][] encodes them
-    again.
+    The tree with a float32 (or complex64) array in place of each encoded moment, in
+    device memory. Moments that are stored as a dtype stay as they are, and share their
+    buffers with `state`. [`eqx_ademamix.change_state_format`][] encodes them again.
 
     **Raises:**
 
-    - `ValueError`: if there is no state of this package in the tree.
+    - `ValueError`: if the tree contains no state of this package.
 
     !!! Example
 
@@ -162,18 +160,18 @@ def decoded(state: State) -> State:
 
 @no_type_check
 def state_bytes(state: PyTree[Any]) -> int:
-    """The bytes that a state takes.
+    """The size of a state in bytes.
 
     **Arguments:**
 
     - `state`: a state, or any tree of arrays. A `jax.ShapeDtypeStruct` counts as the
-        array that it describes, so `eqx.filter_eval_shape(eqx_ademamix.init, optim,
-        model)` shows what a state will take before it is made.
+        array that it describes, so
+        `eqx.filter_eval_shape(eqx_ademamix.init, optim, model)` gives the size of a
+        state before it is made.
 
     **Returns:**
 
-    The sum of the sizes of the arrays in bytes, over all devices if they are
-    sharded.
+    The total size of the arrays in bytes, over all devices if they are sharded.
 
     !!! Example
 
@@ -208,13 +206,12 @@ def state_report(state: PyTree[Any]) -> str:
 
     **Returns:**
 
-    Text for a person to read. For each trained array, a line has its path, its shape,
-    how each moment is stored, and the bytes per parameter of all moments. Inside an
-    [`eqx_ademamix.Compensated`][], the remainders count, too. `(host)`
-    marks a moment that [`eqx_ademamix.Offloaded`][] keeps in host memory. If the state
-    is on several devices, the text also has the bytes on each device, the sharding of
-    each moment, and whether blocks of a codec span devices, which then exchange scales
-    in each step.
+    Human-readable text. Each trained array has a line with its path, its shape, how
+    each moment is stored, and the bytes per parameter of all moments. Inside an
+    [`eqx_ademamix.Compensated`][], the remainders count too. `(host)` marks a moment
+    that [`eqx_ademamix.Offloaded`][] keeps in host memory. If the state is on several
+    devices, the text also has the bytes on each device, the sharding of each moment,
+    and whether a codec's blocks span devices, which then exchange scales in each step.
 
     **Raises:**
 
@@ -325,7 +322,7 @@ def _to_the_right(column: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _devices(state: PyTree) -> int:
-    """The number of devices that a state is on, 1 if that is not known."""
+    """The number of devices that a state is on, or 1 if that is unknown."""
     found = [_sharding(x) for x in jtu.tree_leaves(state)]
     return max((len(s.device_set) for s in found if s is not None), default=1)
 
@@ -346,7 +343,8 @@ def _bytes_per_device(state: PyTree) -> int:
 
 
 def _shardings(place: _Place) -> str:
-    """The sharding of what is kept for one parameter: one text if all agree."""
+    """The shardings of what is kept for one parameter: one text if they are all the
+    same."""
     found = [_sharding(x) for x in place.kept if x is not None]
     ndim = len(place.shape)
     texts = [
@@ -368,7 +366,7 @@ def _has_whole_blocks(x: Stored | None) -> bool:
 
 
 #
-# Finding a state inside of another one
+# Finding a state inside another one
 #
 
 
@@ -377,7 +375,7 @@ def is_moment_state(x: Node) -> bool:
 
 
 def of(cls: type) -> str:
-    """What errors call the states of a class."""
+    """The name of a class's states in error messages."""
     return f"of {cls.__name__.removesuffix('State')}"
 
 
@@ -401,8 +399,8 @@ def find(
     of_what: str,
     name: str = "opt_state",
 ) -> Node:
-    """The only state of a kind that a tree contains, alive and not batched, with
-    NumPy's arrays converted to JAX's."""
+    """The only state of a kind that a tree contains, alive and not batched, with NumPy
+    arrays converted to JAX arrays."""
     found = only(tree, is_one, of_what, name)
     check_alive(name, found)
     for scalar in _scalars(found):
@@ -420,7 +418,7 @@ def find(
 
 
 def _scalars(state: Node) -> list[str]:
-    """The fields of a state that count steps or add up weights."""
+    """The fields of a state that count steps or sum weights."""
     if isinstance(state, AbstractMomentState):
         names = (*state.counters, *state.weights, "skipped")
         return [name for name in names if getattr(state, name) is not None]
@@ -461,12 +459,12 @@ def _kinds(node: Node) -> list[str]:
 
 
 #
-# Optimizers inside of others
+# Optimizers inside others
 #
 
 
 def unwrapped(optim: object) -> object:
-    """The optimizer inside of our own wrappers, such as `Compensated`."""
+    """The optimizer inside our own wrappers, such as `Compensated`."""
     is_wrapper = isinstance(optim, AbstractOptimizer) and not isinstance(
         optim, AbstractMomentOptimizer
     )
@@ -489,8 +487,7 @@ def _moment_optimizer(
 
 
 def _injections(tree: PyTree, cls: type) -> Iterator[Any]:
-    """The states of `optax.inject_hyperparams` that a state is inside of, outer ones
-    first."""
+    """The states of `optax.inject_hyperparams` around a state, outermost first."""
     if isinstance(tree, cls):
         return
     for outer in states_in(tree, _is_injection):
@@ -500,7 +497,7 @@ def _injections(tree: PyTree, cls: type) -> Iterator[Any]:
 
 
 def _is_injection(x: Node) -> bool:
-    """By its fields, since optax has two classes for it."""
+    """Recognized by its fields, since optax has two classes for it."""
     fields = getattr(x, "_fields", ())
     return "inner_state" in fields and isinstance(getattr(x, "hyperparams", None), dict)
 
@@ -538,6 +535,6 @@ def _used(name: str, own: object, injected: object, schedule: object) -> object:
         return injected
     count = getattr(schedule, "count", None)
     if count is not None and not callable(count):  # tuples have a method `count`
-        # Computed from a schedule, which `optim` has too: one step ahead of `injected`.
+        # Computed from a schedule that `optim` has too: one step ahead of `injected`.
         return own(count)
     return own if name in ("b3", "alpha") else injected

@@ -30,10 +30,10 @@ from ._storage.codec import Struct
 from ._typing import no_type_check
 
 
-# What a leaf's learning rate is multiplied by: a number, or an array whose shape is the
-# beginning of the leaf's.
+# What a leaf's learning rate is multiplied by: a number, or an array whose shape is a
+# prefix of the leaf's.
 Scale: TypeAlias = float | Array
-# A prefix tree of them. Checked where it meets a model.
+# A prefix tree of them. Checked against a model when used.
 Scales: TypeAlias = PyTree
 ScaleLike: TypeAlias = jax.typing.ArrayLike
 # Generic types would make older versions of beartype fail.
@@ -60,26 +60,26 @@ def path_scales(model: PyTree, rules: Rules) -> Scales:
         - a regular expression that `re.search` looks for in the array's path, as error
           messages print it after the tree's name (`.layers[0].weight`). Brackets and
           dots are special characters: write `r"layers\[0\]"`.
-        - a type, such as `eqx.nn.Embedding`: it matches all arrays inside modules of
+        - a type, such as `eqx.nn.Embedding`. It matches all arrays inside modules of
           that type.
 
-        Each value is a finite real number, an array of shape `()`, or an array for the
-        leading axes of the arrays that it is for. With stacked layers, that is one
-        number for each layer.
+        Each value is a finite real number, an array of shape `()`, or an array over the
+        leading axes of the arrays it applies to: with stacked layers, one number for
+        each layer.
 
     **Returns:**
 
     A tree shaped like the model with a scale at each inexact array, and `None`
-    elsewhere. Numbers become Python floats. Under `eqx.filter_jit`, they are static: a
-    different number triggers recompilation. Arrays stay arrays, which are traced: a new
-    value does not. The tree is for `AdEMAMix(learning_rate_scale=...)`.
+    elsewhere, for `AdEMAMix(learning_rate_scale=...)`. Numbers become Python floats.
+    Under `eqx.filter_jit`, they are static: changing one triggers recompilation. Arrays
+    stay arrays, which are traced: changing their values does not.
     [`eqx_ademamix.learning_rate_report`][] shows what is in it.
 
     **Raises:**
 
     - `ValueError`: if a rule matches no inexact array, a regular expression is invalid,
-        a number is not finite, or an array's shape is not the beginning of the shape of
-        each array that it is for.
+        a number is not finite, or an array's shape is not a prefix of the shape of each
+        array it applies to.
     - `TypeError`: if a key or a value has another type.
 
     !!! Example
@@ -150,7 +150,7 @@ def _compiled(key: object) -> re.Pattern[str]:
 
 
 def _is_inside(cls: type, model: PyTree) -> Callable[[Path], bool]:
-    """Whether an instance of a class is on the way from the root to a path."""
+    """Whether a path leads through an instance of a class."""
     is_one = lambda x: isinstance(x, cls)
     pairs = jtu.tree_flatten_with_path(model, is_leaf=is_one)[0]
     outermost = {path for path, x in pairs if is_one(x)}
@@ -226,10 +226,10 @@ def _check_finite(scale: np.ndarray, name: str, path: Path) -> None:
 
 def as_scales(scales: Scales, arrays: Leaves, name: str) -> list[Scale | None]:
     """Resolves a prefix tree of scales to one for each leaf of a tree of arrays and
-    `None`: `None` for `None`.
+    `None`s: `None` for `None`.
 
-    A scale is for a whole subtree. If it is an array, its shape must be the beginning
-    of the shape of each array in the subtree.
+    A scale is for a whole subtree. If it is an array, its shape must be a prefix of the
+    shape of each array in the subtree.
     """
     kind = "Scales are a number, an array, or a tree of numbers and arrays"
     places = zip(by_leaf(scales, arrays, name, kind), *arrays[:2], strict=True)
@@ -265,7 +265,7 @@ def _place(path: Path) -> str:
 
 @no_type_check
 def learning_rate_report(model: PyTree, scales: Scales) -> str:
-    """Says by what the learning rate of each array is multiplied.
+    """Says what the learning rate of each array is multiplied by.
 
     **Arguments:**
 
@@ -275,9 +275,10 @@ def learning_rate_report(model: PyTree, scales: Scales) -> str:
 
     **Returns:**
 
-    Text for a person to read. For each inexact array, a line has its path, its shape,
-    and its scale. An array of up to four scales is shown as a list, a longer one as its
-    smallest and its largest entry. Values that are not known under `jit` are "traced".
+    Human-readable text. Each inexact array has a line with its path, its shape, and its
+    scale. An array of up to four scales is shown as a list, a longer one as its
+    smallest and largest entries. Values that are unknown under `jit` are shown as
+    "traced".
 
     **Raises:**
 

@@ -1,4 +1,4 @@
-"""How large the arrays of a leaf are: root mean squares, whatever the magnitude."""
+"""How large the arrays of a leaf are: root mean squares, accurate at any magnitude."""
 
 import functools as ft
 import math
@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Inexact, PyTree, jaxtyped
 from ._storage.codec import Encoded, Stored, decode
 
 
-# What there is about one leaf: "m1", "m2" (or "m"), "nu", "update", "param", "grad".
+# The arrays of one leaf: "m1", "m2" (or "m"), "nu", "update", "param", "grad".
 LeafArrays: TypeAlias = dict[str, Stored]
 # The shape of the numbers about a leaf: () for the whole, (layers,) for its layers.
 Parts: TypeAlias = tuple[int, ...]
@@ -26,7 +26,7 @@ class Magnitudes(NamedTuple):
 
     rms: dict[str, Float[Array, "*parts"]]  # for each array
     cosine: Float[Array, "*parts"] | None  # of the angle between m1 and m2
-    nonfinite: Float[Array, "*parts"] | None  # the fraction of the gradient
+    nonfinite: Float[Array, "*parts"] | None  # as a fraction of the gradient
 
 
 @ft.partial(jax.jit, static_argnums=0)
@@ -34,8 +34,8 @@ class Magnitudes(NamedTuple):
 def leaf_magnitudes(
     is_layered: bool, arrays: PyTree[Inexact[Array | Encoded, "*leaf"]]
 ) -> tuple[Magnitudes, Magnitudes | None]:
-    """The numbers of a leaf, and of each layer of it. It is jitted, so that all leaves
-    of one type are traced, lowered and type-checked once."""
+    """The numbers of a leaf and of each of its layers. Jitted, so that all leaves of
+    one type are traced, lowered, and type-checked once."""
     if not is_layered:
         return _magnitudes(arrays, ()), None
     parts = _shape(arrays)[:1]
@@ -50,12 +50,12 @@ def _shape(arrays: LeafArrays) -> tuple[int, ...]:
 #
 # Squares
 #
-# Their means are computed as they are. If one of them is not finite or too small, all
-# are computed again, from the arrays divided by their largest entries. Too small is a
-# mean of at most `tiny / eps`: a square that underflows is wrong by less than `tiny`,
-# the smallest normal number. In float32, an RMS from 3e-16 to 1e19 is in range. In
-# large models, `nu` can be smaller than that, so it is multiplied by 2^40 first. Its
-# range begins at 3e-28, the square of a gradient of 2e-14.
+# Their means are first computed directly. If one of them is not finite or is too small,
+# all are computed again, from the arrays divided by their largest entries. A mean is
+# too small if it is at most `tiny / eps`: a square that underflows is wrong by less
+# than `tiny`, the smallest normal number. In float32, an RMS from 3e-16 to 1e19 is in
+# range. In large models, `nu` can be smaller than that, so it is multiplied by 2^40
+# first. Its range begins at 3e-28, the square of a gradient of 2e-14.
 #
 
 
@@ -105,8 +105,8 @@ def _are_in_range(squares: Float[Array, "..."]) -> Bool[Array, ""]:
 
 
 def _read(x: Stored) -> Float[Array, "..."]:
-    """A moment or an array as real numbers. Complex ones become pairs, whose inner
-    product is the real part of theirs."""
+    """A moment or an array as real numbers. Complex numbers become pairs, whose inner
+    product is the real part of the complex one."""
     x = decode(x)
     pairs = jnp.stack([x.real, x.imag], axis=-1) if jnp.iscomplexobj(x) else x
     return pairs.astype(float)
@@ -147,7 +147,7 @@ def together(parts: Magnitudes, sizes: Sequence[int]) -> Magnitudes:
     rms = {name: _rms(x, weights) for name, x in parts.rms.items()}
     cosine, nonfinite = parts.cosine, parts.nonfinite
     if cosine is not None:
-        # Quotients of parts and wholes do not overflow, as inner products could.
+        # Quotients of parts and wholes cannot overflow. Inner products could.
         m1, m2 = (quotient(parts.rms[name], rms[name]) for name in ("m1", "m2"))
         cosine = jnp.sum(weights * m1 * m2 * cosine)
     if nonfinite is not None:

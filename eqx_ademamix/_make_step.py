@@ -55,7 +55,7 @@ from ._typing import no_type_check
 
 
 class _Functions(NamedTuple):
-    """What the user gives: the loss, the optimizer, and the transformation."""
+    """What the user passes: the loss, the optimizer, and the transformation."""
 
     loss_fn: Callable[..., Any]
     optim: AbstractOptimizer[Any] | OptaxOptimizer
@@ -76,7 +76,7 @@ class TrainStep:
     ):
         """Use [`eqx_ademamix.make_step`][] instead."""
         # The arrays of the optimizer (and of a loss that is a module) are arguments of
-        # the compiled call: as constants of it, they would be rounded differently.
+        # the compiled call: as constants, they would be rounded differently.
         self._arrays, self._rest = eqx.partition(functions, is_array)
         self._has_aux = has_aux
         self._steps_per_call = steps_per_call
@@ -91,12 +91,12 @@ class TrainStep:
 
     @no_type_check
     def init(self, model: PyTree, *, model_state: PyTree = None) -> TrainCarry:
-        """Makes the carry with which training starts.
+        """Makes the initial carry.
 
         **Arguments:**
 
         - `model`: the whole model. Its arrays are copied, so the model stays yours.
-        - `model_state`: what `loss_fn` reads and returns beside the model, usually an
+        - `model_state`: what `loss_fn` reads and returns besides the model, usually an
             `eqx.nn.State`. It is copied as well.
 
         **Returns:**
@@ -106,7 +106,7 @@ class TrainStep:
 
         **Raises:**
 
-        - `ValueError` or `TypeError`: as [`eqx_ademamix.init`][].
+        - `ValueError` or `TypeError`: as in [`eqx_ademamix.init`][].
         """
         return self._packed(model, self._new_state(model), model_state)
 
@@ -114,8 +114,8 @@ class TrainStep:
     def pack(
         self, model: PyTree, state: PyTree, *, model_state: PyTree = None
     ) -> TrainCarry:
-        """Makes a carry from a model and its optimizer state, for example after a
-        checkpoint, or after `unpack`.
+        """Makes a carry from a model and its optimizer state, for example after loading
+        a checkpoint or after `unpack`.
 
         **Arguments:**
 
@@ -228,7 +228,7 @@ class TrainStep:
         arrays: Sequence[Array],
         placements: Sequence[Placement],
     ) -> Layout:
-        """The layout of a tree: the one that the step knows already, or a new one."""
+        """The layout of a tree: the one that the step already knows, or a new one."""
         types, index = [type_of(x) for x in arrays], len(self._layouts)
         new = Layout(self._owner, index, treedef, statics, types, placements)
         for layout in self._layouts:
@@ -246,7 +246,7 @@ class TrainStep:
         return eqx.combine(treedef.unflatten(constants), self._rest)
 
     #
-    # Inside of the compiled call
+    # Inside the compiled call
     #
 
     def _train_step(
@@ -350,8 +350,8 @@ class TrainStep:
     def _explain(
         self, error: Exception, carry: TrainCarry, batch: tuple[PyTree, ...]
     ) -> None:
-        """Raises a clearer error after a call has failed, if the reason is one of those
-        that would cost time if every call looked for them."""
+        """Raises a clearer error after a call has failed, if the cause is one that
+        would cost time if every call checked for it."""
         if "deleted" in str(error):
             _check_not_donated(carry)
             for name, tree in self._arrays._asdict().items():
@@ -368,7 +368,7 @@ def _updated(
     model: PyTree,
     extra_args: dict[str, Any],
 ) -> tuple[PyTree, PyTree]:
-    """`update`, with those extra arguments that the optimizer can be called with."""
+    """`update`, with those extra arguments that the optimizer accepts."""
     if not isinstance(optim, (AbstractOptimizer, optax.GradientTransformation)):
         kinds = [p.kind for p in inspect.signature(optim.update).parameters.values()]
         extra_args = extra_args if inspect.Parameter.VAR_KEYWORD in kinds else {}
@@ -378,7 +378,7 @@ def _updated(
 def _parted(
     out: Node, has_state: bool, has_aux: bool
 ) -> tuple[Array, tuple[list[PyTree], PyTree]]:
-    """What the loss function returned, in its parts, once it is known to have them."""
+    """What the loss function returned, checked and split into its parts."""
     forms = {
         (False, True): "(loss, aux)",
         (True, False): "(loss, model_state)",
@@ -518,16 +518,16 @@ def make_step(
     ```
 
     and it gives the same numbers, bit for bit. But `eqx.filter_jit` takes the model and
-    the state apart at each call, and puts them together again, which for a small model
+    the state apart at each call and puts them back together, which for a small model
     takes longer than the step itself. Here the model and the state are a flat tuple of
     arrays from the first call to the last: a carry.
 
     **Arguments:**
 
     - `loss_fn`: `loss_fn(model, *batch)`, which returns the loss, a real scalar. The
-        gradients are those with respect to all inexact arrays of the model. If the
-        carry was made with a `model_state`, it is `loss_fn(model, model_state, *batch)`
-        and returns `(loss, model_state)`.
+        gradients are with respect to all inexact arrays of the model. If the carry was
+        made with a `model_state`, it is `loss_fn(model, model_state, *batch)` and
+        returns `(loss, model_state)`.
     - `optim`: an optimizer of this package or of optax, as in [`eqx_ademamix.init`][].
         It also gets optax's extra arguments `value` (the loss), `grad`, and `value_fn`,
         for `optax.contrib.reduce_on_plateau` or a line search.
@@ -536,7 +536,7 @@ def make_step(
     - `grad_transform`: an optax transformation of the gradients before `optim`, such as
         `optax.clip_by_global_norm(1.0)`, or `None`. The state is then a pair of its
         state and that of `optim`, as for `optax.chain(grad_transform, optim)`.
-    - `steps_per_call`: the number of steps that a call takes, with a loop inside of the
+    - `steps_per_call`: the number of steps that a call takes, in a loop inside the
         compiled program. Each array of the batch then has a first axis of this size.
     - `pack_below`: the number of entries below which arrays of one dtype share one
         buffer between calls. With many small arrays, calls are faster, and compiling
@@ -555,7 +555,7 @@ def make_step(
 
     **Raises:**
 
-    - `ValueError` or `TypeError`: if an argument is not what is described above.
+    - `ValueError` or `TypeError`: if an argument does not fit its description above.
 
     !!! Example
 

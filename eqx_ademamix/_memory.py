@@ -10,7 +10,7 @@ from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
 
-# What JAX calls host memory that a device can read and write by itself.
+# JAX's name for host memory that a device can read and write directly.
 HOST = "pinned_host"
 # Since this version, what a compiled program moves there stays there on all backends.
 # Before it, all results of a program on a CPU were in device memory.
@@ -19,7 +19,7 @@ Tree = TypeVar("Tree")
 
 
 def check_host_memory(arrays: Iterable[object]) -> None:
-    """Checks that JAX can keep arrays in host memory beside these arrays."""
+    """Checks that JAX can keep arrays in host memory alongside these arrays."""
     if jax.__version_info__ < _SINCE:
         raise ValueError(
             f"`Offloaded` needs jax {'.'.join(map(str, _SINCE))} or newer, but this is "
@@ -37,7 +37,8 @@ def check_host_memory(arrays: Iterable[object]) -> None:
 
 
 def _device_of(arrays: Iterable[object]) -> Any:  # `jax.Device` is not a static type
-    """A device of this process on which arrays are, or on which JAX would put them."""
+    """A device of this process that holds the arrays, or on which JAX would put
+    them."""
     known = (
         x for x in arrays if isinstance(x, jax.Array) and not isinstance(x, Tracer)
     )
@@ -57,8 +58,8 @@ def any_in_host(tree: PyTree) -> bool:
 
 
 def to_host(tree: Tree) -> Tree:
-    """A tree with its arrays in host memory. Those that are there already stay
-    as they are: `jax.device_put` would copy them."""
+    """A tree with its arrays in host memory. Those already there stay as they are:
+    `jax.device_put` would copy them."""
     return jax.tree.map(lambda x: x if is_in_host(x) else _moved(x, "Host"), tree)
 
 
@@ -82,20 +83,20 @@ def placed_as(tree: Tree, like: PyTree) -> Tree:
 
 
 def after(done: Any, waiting: Tree) -> tuple[Any, Tree]:
-    """The same trees, but a compiled program can read the arrays of `waiting` that
-    are in host memory only once those of `done` that belong there are back."""
+    """The same trees, but a compiled program can read the arrays of `waiting` that are
+    in host memory only after those of `done` that belong there are back."""
     host, rest = eqx.partition((done, waiting), is_in_host)
     arrays = jtu.tree_leaves(host)
     is_traced = any(isinstance(x, Tracer) for x in arrays)
-    # Inside of `jax.shard_map`, a barrier would make arrays that are equal on all
-    # devices, such as a bias, vary as a split weight does.
+    # Inside `jax.shard_map`, a barrier would make arrays that are equal on all devices,
+    # such as a bias, vary as a split weight does.
     if not is_traced or len({varying_axes(x) for x in arrays}) > 1:
         return done, waiting
     return eqx.combine(_barrier(host), rest)
 
 
 def varying_axes(x: Array) -> frozenset[str]:
-    """The axes over which an array inside of `jax.shard_map` varies, if JAX knows."""
+    """The axes over which an array inside `jax.shard_map` varies, if JAX knows them."""
     aval = getattr(x, "aval", None)
     axes = getattr(aval, "vma", None)  # replaced by `mat` in later versions
     return getattr(getattr(aval, "mat", None), "varying", axes) or frozenset()

@@ -39,9 +39,9 @@ def tree_cast(tree: PyTree, dtype: DTypeLike | None) -> PyTree:
 
     **Arguments:**
 
-    - `tree`: any tree. `None` and anything that is not an array stay as they are.
-    - `dtype`: the new dtype, or `None` for no change. Complex arrays stay complex: a
-        real dtype means complex64 for them, float64 complex128.
+    - `tree`: any tree. `None` and anything that is not an array are returned unchanged.
+    - `dtype`: the new dtype, or `None` for no change. Complex arrays stay complex: for
+        them, a real dtype means complex64, and float64 means complex128.
 
     **Returns:**
 
@@ -74,7 +74,7 @@ def tree_zeros_like(tree: PyTree, dtype: DTypeLike | None = None) -> PyTree:
     **Arguments:**
 
     - `tree`: any tree.
-    - `dtype`: the dtype of the zeros, or `None` for that of each array. Complex arrays
+    - `dtype`: the dtype of the zeros, or `None` for each array's own. Complex arrays
         stay complex, as in [`eqx_ademamix.tree_cast`][].
 
     **Returns:**
@@ -147,18 +147,18 @@ def tree_update_moment_per_elem_norm(
     updates: PyTree, moments: PyTree, decay: HyperParamLike, order: float
 ) -> PyTree:
     r"""One step of a moving average of powers of the absolute value:
-    $m \leftarrow \beta m + (1 - \beta) |g|^n$, real also for complex $g$.
+    $m \leftarrow \beta m + (1 - \beta) |g|^n$, which is real even for complex $g$.
 
-    For real $g$ and even $n$ this is [`eqx_ademamix.tree_update_moment`][]. (optax
-    omits the absolute value for real $g$: for odd $n$ its moment has a sign, and for
-    fractional $n$ it can be a NaN.)
+    For real $g$ and even $n$, this is [`eqx_ademamix.tree_update_moment`][]. (optax
+    omits the absolute value for real $g$: for odd $n$, its moment has a sign, and for
+    fractional $n$, it can be NaN.)
 
     **Arguments:**
 
     - `updates`: $g$, usually gradients.
     - `moments`: $m$, a tree of the same structure and shapes, real.
     - `decay`: $\beta$, in [0, 1).
-    - `order`: $n$, any number: even, odd or fractional.
+    - `order`: $n$, any number: even, odd, or fractional.
 
     **Returns:**
 
@@ -193,13 +193,13 @@ def tree_bias_correction(
 ) -> PyTree:
     r"""Corrects a moving average that started at zero: $\hat m = m / (1 - \beta^t)$.
 
-    The divisor is computed as $-\text{expm1}(t \log \beta)$, which is exact to the last
-    digits also for small $t$ and for $\beta$ near 1.
+    The divisor is computed as $-\text{expm1}(t \log \beta)$, which is accurate to the
+    last digits even for small $t$ and for $\beta$ near 1.
 
     **Arguments:**
 
-    - `moment`: $m$, a tree of arrays. Anything that is not an inexact array stays as it
-        is.
+    - `moment`: $m$, a tree of arrays. Anything that is not an inexact array is returned
+        unchanged.
     - `decay`: $\beta$, in [0, 1).
     - `count`: $t$, the number of steps in the average. For 0, the tree is returned
         unchanged.

@@ -1,7 +1,7 @@
-"""Dtypes, moving averages, bias factors, rounding and hashing: arithmetic on arrays.
+"""Dtypes, moving averages, bias factors, rounding, and hashing: arithmetic on arrays.
 
-A decay is given by its complement, `1 - decay`, which is the number that carries the
-precision: of 0.9999, float32 keeps only four significant digits of it.
+A decay rate is given by its complement, `1 - decay`, because the precision of the
+complement matters: 0.9999 in float32 has only four significant digits of it.
 """
 
 import functools as ft
@@ -32,12 +32,12 @@ AnyArray: TypeAlias = Array | np.ndarray | np.generic
 
 
 def complex_dtype(real: DType) -> DType:
-    """The complex dtype with parts in a real dtype, complex64 at the least."""
+    """The complex dtype with parts in a real dtype, at least complex64."""
     return np.dtype(np.complex128 if real == np.float64 else np.complex64)
 
 
 def real_dtype(dtype: DType) -> DType:
-    """The dtype of the parts of a complex dtype; a real dtype as it is."""
+    """The dtype of the parts of a complex dtype; a real dtype is unchanged."""
     if dtype.kind != "c":
         return dtype
     return np.dtype(np.float64 if dtype.itemsize == 16 else np.float32)
@@ -50,7 +50,7 @@ def compute_dtype(*dtypes: DType) -> DType:
 
 
 def as_array(x: Array | jax.ShapeDtypeStruct) -> Array:
-    """An array as it is, or an array of zeros that fits a description."""
+    """An array as it is, or an array of zeros that matches a description."""
     if isinstance(x, jax.ShapeDtypeStruct):
         return jnp.zeros(x.shape, x.dtype, device=x.sharding)
     return x
@@ -62,7 +62,7 @@ def cast(x: Array, real: DType) -> Array:
 
 
 def in_type_of(like: Array, x: Array) -> Array:
-    """`x` in the dtype of another array of its shape, and weakly typed if that is.
+    """`x` in the dtype of another array of its shape, and weakly typed if that one is.
     Otherwise adding it would change a parameter's type, and the next step would compile
     again."""
     x = rounded(x, like.dtype)
@@ -80,7 +80,8 @@ def rounded(value: Array, dtype: DType) -> Array:
 
 #
 # Real factors of real or complex arrays. Strict promotion does not mix the two, and the
-# product of a complex infinity and a real number, done in complex numbers, has a NaN.
+# product of a complex infinity and a real number, computed in complex numbers, contains
+# a NaN.
 #
 
 
@@ -103,7 +104,7 @@ def _componentwise(fn: Callable[[Array], Array], x: Array) -> Array:
 
 
 def abs_squared(x: Inexact[Array, "..."]) -> Float[Array, "..."]:
-    """$|x|^2$, real also for a complex `x`."""
+    """$|x|^2$, real even for a complex `x`."""
     if jnp.iscomplexobj(x):
         return jnp.square(x.real) + jnp.square(x.imag)
     return jnp.square(x)
@@ -114,7 +115,7 @@ def power(x: Inexact[Array, "..."], order: int | float) -> Inexact[Array, "..."]
 
 
 def norm_power(x: Inexact[Array, "..."], order: int | float) -> Float[Array, "..."]:
-    """$|x|^n$, real also for a complex `x`. Where the square of a finite number
+    """$|x|^n$, real even for a complex `x`. Where the square of a finite number
     overflows, it is the largest finite number, since an infinite average never
     recovers."""
     if order != 2:
@@ -132,8 +133,8 @@ def norm_power(x: Inexact[Array, "..."], order: int | float) -> Float[Array, "..
 def largest_gradient(*kept: DType) -> float:
     """The largest magnitude of a gradient whose square and whose averages, kept in
     these dtypes, are finite. It is three quarters of the square root of the largest
-    number: a codec may store an average of such squares that is too large by a half,
-    and 0.75^2 * 1.5 < 1."""
+    number: a codec may store an average of such squares that is too large by half, and
+    0.75^2 * 1.5 < 1."""
     narrowest = min(map(compute_dtype, kept), key=lambda dtype: dtype.itemsize)
     return 0.75 * math.sqrt(float(jnp.finfo(narrowest).max))
 
@@ -159,7 +160,7 @@ def clip_magnitude(x: Any, bound: float | Array, xp: ModuleType = jnp) -> Any:
 
 
 def clamped(x: Inexact[Array, "..."], bound: float) -> Inexact[Array, "..."]:
-    """As `clip_magnitude`, but the bound also replaces infinities in real arrays."""
+    """Like `clip_magnitude`, but the bound also replaces infinities in real arrays."""
     if jnp.iscomplexobj(x):
         return clip_magnitude(x, bound)
     top = np.asarray(bound, x.dtype)
@@ -179,11 +180,11 @@ def saturated(x: Inexact[Array, "..."]) -> Inexact[Array, "..."]:
 
 
 class Decay(NamedTuple):
-    r"""A decay $\beta$, prepared once for all arrays.
+    r"""A decay rate $\beta$, prepared once for all arrays.
 
     With the scalars below, $\beta x + y$ is `kept * x + (y - pull * x)`. For $\beta$
-    near 1 this is $x + (y - (1 - \beta) x)$, which keeps small changes. For $\beta$
-    near 0, where that would cancel, it is $\beta x + y$ as it is written.
+    near 1, this is $x + (y - (1 - \beta) x)$, which keeps small changes. For $\beta$
+    near 0, where that would cancel, it is $\beta x + y$ as written.
     """
 
     complement: Float[Array, ""]  # 1 - beta
@@ -219,29 +220,31 @@ def bias(
     count: Float[Array, ""],
     weight: Float[Array, ""] | None,
 ) -> Array:
-    """The weight of all values in an average after $t$ steps. `weight` is that before
-    the last one, which only a decay that varies needs."""
+    """The weight of all values in an average after $t$ steps. `weight` is the weight
+    before the last step, which only a varying decay rate needs."""
     if weight is None:
         return bias_factor(complement, count)
     return next_weight(weight, Decay.of(complement))
 
 
 def next_weight(weight: Float[Array, ""], decay: Decay) -> Array:
-    r"""The weight of all values in an average after one more step: $1 - \prod_i
-    \beta(i)$. (That product itself would lose the digits of a small weight.)"""
+    r"""The weight of all values in an average after one more step:
+    $1 - \prod_i \beta(i)$. (The product itself would lose the digits of a small
+    weight.)"""
     weight = weight.astype(float)
     return moving_average(weight, jnp.ones_like(weight), decay)
 
 
 #
 # Random numbers from a hash of a seed and of the position in the array. A hash costs
-# less than a generator, needs nothing from other devices, and repeats bit for bit.
+# less than a generator, needs no communication between devices, and is reproducible bit
+# for bit.
 #
 
 
 def text_hash(text: str) -> int:
-    """32 bits that depend on a text only: the same in every process and on every
-    machine, which Python's own `hash` is not."""
+    """32 bits that depend only on a text: the same in every process and on every
+    machine, unlike Python's own `hash`."""
     return zlib.crc32(text.encode())
 
 
@@ -261,17 +264,16 @@ def _word(x: int | Integer[Array, ""]) -> UInt32[Array, ""]:
 
 
 def seed_at(count: Integer[Array, ""], path: UInt32[Array, "2"]) -> UInt32[Array, ""]:
-    """What the rounding of a leaf in one step depends on, from the counter and the
-    path, as `path_words` gives it. It grows by an odd number in every step."""
+    """The seed for rounding a leaf in one step, from the counter and from the path, as
+    `path_words` gives it. It grows by an odd number in every step."""
     step = count.astype(np.uint32) + np.uint32(1)
     return path[step & np.uint32(1)] + step * _GOLDEN
 
 
 def path_words(path: str) -> np.ndarray:
-    """The hash of a path, for even and for odd steps. XLA on CPUs would make a
-    single number a part of each kernel that uses it, and so compile the kernels of
-    equal leaves once for each leaf. An array of two numbers it passes to one kernel
-    (since jax 0.7.1)."""
+    """The hash of a path, for even and for odd steps. On CPUs, XLA would embed a single
+    number in each kernel that uses it, and so compile the kernels of equal leaves once
+    for each leaf. It passes an array of two numbers to one kernel (since jax 0.7.1)."""
     word = text_hash(path)
     return np.array([word, (word + 1) % 2**32], np.uint32)
 
@@ -286,7 +288,7 @@ def evenly_spread(
 
 def odd_numbers(shape: tuple[int, ...], axis: int) -> UInt32[Array, "..."]:
     """A different odd number for each position of an array. Only the axes from `axis`
-    on are told apart."""
+    on count."""
     return _positions(shape, axis) * np.uint32(2 * int(_GOLDEN) % 2**32) + np.uint32(1)
 
 
@@ -327,7 +329,7 @@ def _positions(shape: tuple[int, ...], first: int = 0) -> UInt32[Array, "..."]:
 
 
 def mixed(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
-    """The final mix of MurmurHash3 for 32 bits ("fmix32", Appleby 2011). Its shifts and
+    """The finalizer of MurmurHash3 for 32 bits ("fmix32", Appleby 2011). Its shifts and
     its two odd multipliers were found by a search that made each input bit flip each
     output bit with a probability close to one half. Every step is invertible, so
     different positions never collide."""

@@ -24,8 +24,8 @@ State = TypeVar("State")
 class AbstractOptimizer(eqx.Module, Generic[State]):
     """The interface of an optimizer: hyperparameters in fields, two pure methods.
 
-    You can also use an optimizer anywhere optax accepts a `GradientTransformation` by
-    its `init` and `update`, for example in `optax.chain`.
+    You can also use an optimizer anywhere optax needs only the `init` and `update` of a
+    `GradientTransformation`, for example in `optax.chain`.
     """
 
     @abc.abstractmethod
@@ -45,8 +45,8 @@ class AbstractOptimizer(eqx.Module, Generic[State]):
 
 @runtime_checkable
 class OptaxOptimizer(Protocol):
-    """An `optax.GradientTransformation`, an `optax.MultiSteps`, or anything else that
-    has their two methods."""
+    """An `optax.GradientTransformation`, an `optax.MultiSteps`, or anything else with
+    the same two methods."""
 
     @property
     def init(self) -> Callable[..., Any]: ...
@@ -56,9 +56,9 @@ class OptaxOptimizer(Protocol):
 
 
 def hash_of(optim: AbstractOptimizer[Any]) -> int:
-    """The hash of an optimizer. Equinox wants each class to define its own `__hash__`.
-    `jax.jit(optim.update)` needs one even if a field is an array, or a mask in a
-    dict."""
+    """The hash of an optimizer. Equinox expects each class to define its own
+    `__hash__`. `jax.jit(optim.update)` needs one even if a field is an array, or a mask
+    in a dict."""
     leaves, treedef = jtu.tree_flatten(optim)
     types = ((x.shape, x.dtype) if eqx.is_array(x) else x for x in leaves)
     return hash((treedef, *types))
@@ -70,18 +70,18 @@ def init(optim: AbstractOptimizer[State], params: PyTree) -> State: ...
 def init(optim: OptaxOptimizer, params: PyTree) -> Any: ...
 @no_type_check
 def init(optim: AbstractOptimizer[Any] | OptaxOptimizer, params: PyTree) -> Any:
-    """Makes the state with which training starts.
+    """Makes the initial state.
 
     **Arguments:**
 
     - `optim`: an optimizer of this package, or of optax: an
         `optax.GradientTransformation` such as `optax.chain(...)`, or an
         `optax.MultiSteps`.
-    - `params`: the whole model. Those of its inexact (floating-point or complex) arrays
-        that `optim.trainable` selects get a state. An optax optimizer gets all of them.
-        Functions, integers, booleans, strings and `None` may be anywhere in the model,
-        and get none. An array may be replaced by the `jax.ShapeDtypeStruct` that
-        describes it.
+    - `params`: the whole model. The inexact (floating-point or complex) arrays that
+        `optim.trainable` selects get a state. An optax optimizer gets all inexact
+        arrays. Functions, integers, booleans, strings, and `None` may be anywhere in
+        the model and get no state. A `jax.ShapeDtypeStruct` may replace the array that
+        it describes.
 
     **Returns:**
 
@@ -141,21 +141,21 @@ def update(
     **Arguments:**
 
     - `optim`: an optimizer of this package or of optax, as in [`eqx_ademamix.init`][].
-    - `grads`: the gradients, as `eqx.filter_grad` returns them: the structure of the
-        model, with an array of the parameter's shape at every trained leaf. Gradients
+    - `grads`: the gradients, as `eqx.filter_grad` returns them: with the structure of
+        the model and an array of the parameter's shape at every trained leaf. Gradients
         at leaves that are not trained are ignored.
     - `state`: the state that `init` or the last `update` returned.
-    - `params`: the whole model. It is needed for weight decay, and for updates in the
+    - `params`: the whole model. It is needed for weight decay and for updates in the
         parameters' dtypes. Without it, updates have the gradients' dtypes.
     - `extra_args`: extra arguments of optax. For example,
-        `optax.contrib.reduce_on_plateau` needs `value=loss`. Optimizers that do not
-        know an extra argument ignore it.
+        `optax.contrib.reduce_on_plateau` needs `value=loss`. An optimizer ignores extra
+        arguments that it does not use.
 
     **Returns:**
 
-    A 2-tuple of the updates, which go into `eqx.apply_updates(model, updates)` (`None`
-    at leaves that are not trained), and the next state, which has the shapes, dtypes
-    and tree structure of `state`.
+    A 2-tuple of the updates, for `eqx.apply_updates(model, updates)` (`None` at leaves
+    that are not trained), and the next state, which has the shapes, dtypes, and tree
+    structure of `state`.
 
     **Raises:**
 

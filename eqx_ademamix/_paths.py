@@ -15,7 +15,7 @@ from jaxtyping import PyTree
 
 # A key (such as `jtu.DictKey`) for each level. JAX exports no type for all of them.
 Path: TypeAlias = tuple[Any, ...]
-# The structure of a tree. JAX exports its type as a value only.
+# The structure of a tree. JAX exports its type only as a value.
 PyTreeDef: TypeAlias = Any
 # Anything that may be at a leaf of a user's tree, or a subtree.
 Node: TypeAlias = Any
@@ -33,7 +33,7 @@ class AbstractLeaf(eqx.Module):
     @property
     @abc.abstractmethod
     def kind(self) -> str:
-        """What errors call it, before "of shape (...)"."""
+        """Its name in errors, before "of shape (...)"."""
 
 
 def is_entry(x: Node) -> bool:
@@ -56,7 +56,8 @@ def is_inexact_shape(x: Node) -> bool:
 
 
 def on_device(tree: PyTree) -> PyTree:
-    """A tree with NumPy's arrays converted to JAX's, for example after a checkpoint."""
+    """A tree with NumPy arrays converted to JAX arrays, for example from a
+    checkpoint."""
     is_numpy = lambda x: isinstance(x, (np.ndarray, np.generic))
     return jax.tree.map(lambda x: jnp.asarray(x) if is_numpy(x) else x, tree)
 
@@ -130,7 +131,7 @@ class Aligned(NamedTuple):
 
 
 def align(tree: PyTree, like: Leaves) -> Aligned:
-    """Puts the leaves of a tree in the order of those of another one."""
+    """Puts the leaves of a tree in the order of another tree's leaves."""
     values, treedef = jtu.tree_flatten(tree, is_leaf=is_entry)
     if treedef == like.treedef:
         return Aligned(values, [])
@@ -204,7 +205,7 @@ def describe(x: Node) -> str:
 
 
 def contrast(found: Node, expected: Node) -> tuple[str, str]:
-    """Describes two things that differ so that the reader sees how."""
+    """Describes two things so that the reader sees how they differ."""
     if isinstance(found, dict) and isinstance(expected, dict):
         for key in expected:
             if key not in found:

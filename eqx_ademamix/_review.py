@@ -1,4 +1,4 @@
-"""What an expert would say of a configuration before the run: `review`."""
+"""What an expert would say about a configuration before the run: `review`."""
 
 import functools as ft
 import math
@@ -38,13 +38,13 @@ _Member: TypeAlias = AbstractOptimizer[Any] | OptaxOptimizer
 # Thresholds
 #
 
-# Without a warm-up of alpha, a model with 1.3 billion parameters trained stably at
-# alpha = 1 only (arXiv:2409.03137, Figure 14).
+# Without a warm-up of alpha, a model with 1.3 billion parameters trained stably only at
+# alpha = 1 (arXiv:2409.03137, Figure 14).
 _LARGEST_FIRST_ALPHA = 1.0
 
-# The recipes of the paper and of the benchmark (arXiv:2509.01440) let b3 start at
-# b1 = 0.9, with a half-life of 7 steps. The smallest b3 that they end with is 0.999,
-# with 693 steps. In the middle of the two is 0.99, with 69 steps.
+# The recipes of the paper and of the benchmark (arXiv:2509.01440) let b3 start at b1 =
+# 0.9, with a half-life of 7 steps. The smallest b3 that they end with is 0.999, with
+# 693 steps. Midway between the two is 0.99, with 69 steps.
 _LONGEST_FIRST_HALF_LIFE = 69.0
 
 # At 32,000 steps, b3 = 0.999 is better than 0.9999 in Figure 17 of the paper and in
@@ -61,26 +61,26 @@ _FEWEST_STEPS = 690
 # gradients to a norm of 0.1 to 0.5.
 _LARGE_ALPHA = 4.0
 
-# How many runs ahead one looks for the end of a warm-up. A function that still changes
-# there has none.
+# How many run lengths ahead to look for the end of a warm-up. A function that still
+# changes there has none.
 _FAR = 100
 _LAST_STEP = 2**31 - 1  # where the counters of a state stop
 
 
 @no_type_check
 def review(optim: _Member | Sequence[_Member], *, num_steps: int) -> list[str]:
-    r"""What an expert would say of a configuration before the run. Each sentence has
-    the numbers behind it and what to change. There is one for each of these problems:
+    r"""What an expert would say about a configuration before the run. Each sentence
+    gives the numbers behind it and what to change. There is one for each of these
+    problems:
 
     - `alpha` is above 1 at step 0. Without a warm-up of `alpha`, a model with 1.3
         billion parameters was stable only at 1 (arXiv:2409.03137, Figure 14).
     - `b3` has a half-life above 69 steps (0.99) at step 0. The paper starts at 0.9.
     - A warm-up of `b3` or `alpha` is longer than the run.
-    - Such a warm-up is shorter than the run, and than one half-life of `b3`
-        (Figure 13).
+    - Such a warm-up is shorter than both the run and one half-life of `b3` (Figure 13).
     - The run has fewer than 4.6 half-lives of `b3`. At 32,000 steps, which are 4.6
         half-lives of 0.9999, 0.999 is better (Figure 17; arXiv:2509.01440, section
-        D.1). What to use instead has fifteen of its half-lives in the run.
+        D.1). The suggested value has fifteen half-lives in the run.
     - The run has fewer than 690 steps, which are ten half-lives of 0.99.
     - Nothing clips the gradients, and `alpha` reaches 4 or more. The published runs
         clip them.
@@ -88,29 +88,29 @@ def review(optim: _Member | Sequence[_Member], *, num_steps: int) -> list[str]:
         [`eqx_ademamix.stall_report`][].
     - Weight decay acts on every array: `weight_decay_mask` is `True`.
 
-    At `alpha=0`, which is AdamW, only the last one counts. For a
-    [`eqx_ademamix.SimplifiedAdEMAMix`][], only a long warm-up of `b1`, the format and
-    weight decay do. Of an optax optimizer, only its name is known.
+    At `alpha=0`, which is AdamW, only the last one applies. For a
+    [`eqx_ademamix.SimplifiedAdEMAMix`][], only a long warm-up of `b1`, the format, and
+    weight decay are checked. For an optax optimizer, only its name is known.
 
     **Arguments:**
 
     - `optim`: an optimizer of this package, alone or inside an
         [`eqx_ademamix.Compensated`][] or [`eqx_ademamix.Offloaded`][]; or a list of the
-        members of an optax chain, in its order. (An `optax.chain` itself is a closure,
-        and shows nothing.) Whether gradients are clipped is only known from a list.
-    - `num_steps`: the number of steps of the run: how often `update` is called.
+        members of an optax chain, in its order. (An `optax.chain` itself is a closure
+        and shows nothing.) Only a list shows whether gradients are clipped.
+    - `num_steps`: the number of steps of the run: how many times `update` is called.
 
     **Returns:**
 
     A list of sentences, empty if all is well. Schedules are called at a few steps: at
-    the beginning, in the middle and at the end of the run, and those that are not of
-    this package also after one half-life of `b3` and far beyond the end. So of those,
-    only what these values show is known.
+    the beginning, middle, and end of the run. Schedules from outside this package are
+    also called after one half-life of `b3` and far beyond the end. Only these values of
+    theirs are known.
 
     **Raises:**
 
-    - `TypeError`: if `optim` has no optimizer of this package in it, if a member of a
-        list is not an optimizer, and if a hyperparameter is traced, since there is no
+    - `TypeError`: if `optim` contains no optimizer of this package, if a member of a
+        list is not an optimizer, or if a hyperparameter is traced, since there is no
         number to read.
     - `ValueError`: if `num_steps` is not a positive int, if a schedule returns an
         illegal value, or if a hyperparameter is batched.
@@ -136,8 +136,8 @@ def review(optim: _Member | Sequence[_Member], *, num_steps: int) -> list[str]:
         ```
     """
     steps = positive_int("num_steps", num_steps)
-    # Under `jit`, what has no traced input is computed at once. optax's own schedules
-    # mix integers and floats.
+    # Under `jit`, anything without traced inputs is computed at once. optax's own
+    # schedules mix integers and floats.
     with jax.ensure_compile_time_eval(), jax.numpy_dtype_promotion("standard"):
         runs = [_run(*found, steps) for found in _found(optim)]
         return [text for run in runs for check in _checks(run) for text in check(run)]
@@ -152,7 +152,8 @@ _Ours: TypeAlias = AdEMAMix | SimplifiedAdEMAMix
 
 
 def _found(optim: object) -> list[tuple[_Ours, bool]]:
-    """The optimizers of this package, each with whether nothing clips its gradients."""
+    """The optimizers of this package, each with a flag: whether nothing clips its
+    gradients."""
     members, is_list = [unwrapped(optim)], False
     if isinstance(optim, list) or type(optim) is tuple:
         pairs = enumerate(cast(Sequence[object], optim))
@@ -182,13 +183,13 @@ def _checked_member(i: int, member: object) -> object:
     return unwrapped(member)
 
 
-# The transformations of optax that neither clip nor contain others, by the beginning
-# of their names.
+# The optax transformations that neither clip nor contain others, by the prefix of their
+# names.
 _NEVER_CLIP = ("add_", "identity", "scale", "trace", "zero_nans")
 
 
 def _may_clip(member: object) -> bool:
-    """Whether a member may clip gradients, as far as the name of its function says."""
+    """Whether a member may clip gradients, judging by the name of its function."""
     update = getattr(member, "update", None)
     is_of_optax = getattr(update, "__module__", "").startswith("optax")
     name = getattr(update, "__qualname__", "")
@@ -201,7 +202,7 @@ def _may_clip(member: object) -> bool:
 
 
 class _Course(NamedTuple):
-    """`alpha`, or a decay as its half-life in steps, over a run."""
+    """`alpha`, or a decay rate as its half-life in steps, over a run."""
 
     name: str
     first: float  # at step 0
@@ -233,7 +234,7 @@ def _half_life(complement: float) -> float:
 
 
 def _decay_text(half_life: float) -> str:
-    """The decay of a half-life, with three digits of its difference from 1."""
+    """The decay rate of a half-life, with three digits of its difference from 1."""
     complement = -math.expm1(math.log(0.5) / half_life) if half_life > 0 else 1.0
     return f"{1 - float(f'{complement:.3g}'):.12g}"
 
@@ -278,7 +279,7 @@ def _sampled(
 
 
 def _close(x: float, y: float) -> bool:
-    return math.isclose(x, y, rel_tol=1e-6)  # about ten units of float32
+    return math.isclose(x, y, rel_tol=1e-6)  # about ten float32 epsilons
 
 
 def _value_at(name: str, value: object, step: int) -> float:
@@ -418,7 +419,7 @@ def _no_clipping(run: _Run) -> Iterator[str]:
 def _frozen(run: _Run) -> Iterator[str]:
     slow, codec = run.slow, run.optim.state_format.m2
     b3 = 0.5 ** (1 / slow.final) if slow.final > 0 else 0.0
-    # Enough digits for a change of 1 - b3 of itself.
+    # Enough digits for a relative change of 1 - b3.
     if isinstance(codec, Dense) and jnp.finfo(codec.dtype).eps < 1 - b3:
         return
     stalled = expected_m2_stall(codec, b3)

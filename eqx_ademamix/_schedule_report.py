@@ -37,10 +37,10 @@ def schedule_report(optim: Any, *, num_steps: int) -> str:
 
     **Returns:**
 
-    Text for a person to read: a line for each hyperparameter that says what it does,
-    and a table of the values at five steps, with the half-lives of decays that change.
-    Of a function that is not a schedule of this package, it has the name and the
-    values. Values that are not known under `jit` are shown by their types.
+    Human-readable text: a line for each hyperparameter that says what it does, and a
+    table of the values at five steps, with the half-lives of decay rates that change.
+    For a function that is not a schedule of this package, it shows the name and the
+    values. Values that are unknown under `jit` are shown as their types.
 
     **Raises:**
 
@@ -91,13 +91,14 @@ def plot_schedules(optim: Any, num_steps: int, path: str | os.PathLike[str]) -> 
     `pip install eqx_ademamix[plot]`.
 
     The figure has a panel for the learning rate, for `alpha`, for the half-lives of the
-    decays, and for the weight decay.
+    decay rates, and for the weight decay.
 
     **Arguments:**
 
     - `optim`: as in [`eqx_ademamix.schedule_report`][].
     - `num_steps`: the number of steps of the run.
-    - `path`: the file to write. Its ending decides the format: `.png`, `.svg`, `.pdf`.
+    - `path`: the file to write. Its extension determines the format: `.png`, `.svg`,
+        `.pdf`.
 
     **Returns:**
 
@@ -105,7 +106,7 @@ def plot_schedules(optim: Any, num_steps: int, path: str | os.PathLike[str]) -> 
 
     **Raises:**
 
-    - `ValueError` or `TypeError`: as [`eqx_ademamix.schedule_report`][].
+    - `ValueError` or `TypeError`: as for [`eqx_ademamix.schedule_report`][].
     - `ImportError`: without matplotlib.
 
     !!! Example

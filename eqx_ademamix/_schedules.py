@@ -115,7 +115,7 @@ class AlphaSchedule(AbstractSchedule):
     def __call__(self, step: Step) -> Float[Array, "*steps"]:
         """**Arguments:**
 
-        - `step`: one or more steps: an int, a NumPy or a JAX array of any shape.
+        - `step`: one or more steps: an int, or a NumPy or JAX array of any shape.
 
         **Returns:**
 
@@ -143,7 +143,7 @@ class Beta3Schedule(AbstractSchedule):
     def __call__(self, step: Step) -> Float[Array, "*steps"]:
         """**Arguments:**
 
-        - `step`: one or more steps: an int, a NumPy or a JAX array of any shape.
+        - `step`: one or more steps: an int, or a NumPy or JAX array of any shape.
 
         **Returns:**
 
@@ -154,7 +154,7 @@ class Beta3Schedule(AbstractSchedule):
 
     @no_type_check
     def complement(self, step: Step) -> Float[Array, "*steps"]:
-        r"""$1 - \beta_3$ at these steps, without the cancellation of that subtraction.
+        r"""$1 - \beta_3$ at these steps, computed without cancellation.
 
         **Arguments:** and **Returns:** as for calling the schedule.
         """
@@ -175,8 +175,9 @@ class Beta3Schedule(AbstractSchedule):
 
 
 def _progress(schedule: AlphaSchedule | Beta3Schedule, step: Step) -> Array:
-    """How much of the warm-up is over, from 0 to 1. Always 1 without a warm-up. The
-    warm-up begins at `begin`, which is 0 except in schedules that `extend` made."""
+    """The fraction of the warm-up that is done, from 0 to 1. Always 1 without a
+    warm-up. The warm-up begins at `begin`, which is 0 except in schedules that `extend`
+    made."""
     t, begin = _floats(step) + wide(schedule.offset), wide(schedule.begin)
     warmup = wide(schedule.warmup)
     share = jnp.maximum(t - begin, 0.0) / jnp.maximum(warmup - begin, 1.0)
@@ -204,8 +205,8 @@ def _count(steps: HyperParam) -> str:
 
 
 def _timescale(beta: HyperParam) -> HyperParam:
-    """The number of steps after which an average with this decay keeps 1/e of what it
-    held: 1.44 half-lives."""
+    """The number of steps after which an average with this decay rate keeps 1/e of what
+    it held: 1.44 half-lives."""
     if isinstance(beta, float):
         return -1.0 / math.log(beta) if beta > 0 else 0.0
     beta = wide(beta)
@@ -228,7 +229,7 @@ def alpha_scheduler(
     $$
 
     Array arguments are leaves of the returned module: traced under `eqx.filter_jit`, so
-    a new value does not retrace.
+    a new value does not trigger recompilation.
 
     **Arguments:**
 
@@ -285,8 +286,8 @@ def beta3_scheduler(
     $$
 
     Array arguments are leaves of the returned module: traced under `eqx.filter_jit`, so
-    a new value does not retrace. The method `complement` gives $1 - \beta_3(t)$
-    without cancellation. The optimizer uses that.
+    a new value does not trigger recompilation. The method `complement` gives
+    $1 - \beta_3(t)$ without cancellation. The optimizer uses that.
 
     **Arguments:**
 
@@ -345,8 +346,8 @@ def _check_start(
 
 
 class LogTimeBetaSchedule(AbstractSchedule):
-    r"""What [`eqx_ademamix.log_time_beta_scheduler`][] returns: a decay $\beta$ over
-    the steps."""
+    r"""What [`eqx_ademamix.log_time_beta_scheduler`][] returns: a decay rate $\beta$
+    over the steps."""
 
     purpose: ClassVar[Purpose] = Purpose.decay
 
@@ -357,7 +358,7 @@ class LogTimeBetaSchedule(AbstractSchedule):
     def __call__(self, step: Step) -> Float[Array, "*steps"]:
         """**Arguments:**
 
-        - `step`: one or more steps: an int, a NumPy or a JAX array of any shape.
+        - `step`: one or more steps: an int, or a NumPy or JAX array of any shape.
 
         **Returns:**
 
@@ -368,7 +369,7 @@ class LogTimeBetaSchedule(AbstractSchedule):
 
     @no_type_check
     def complement(self, step: Step) -> Float[Array, "*steps"]:
-        r"""$1 - \beta$ at these steps, without the cancellation of that subtraction.
+        r"""$1 - \beta$ at these steps, computed without cancellation.
 
         **Arguments:** and **Returns:** as for calling the schedule.
         """
@@ -394,7 +395,7 @@ class PowerAlphaSchedule(AbstractSchedule):
     def __call__(self, step: Step) -> Float[Array, "*steps"]:
         """**Arguments:**
 
-        - `step`: one or more steps: an int, a NumPy or a JAX array of any shape.
+        - `step`: one or more steps: an int, or a NumPy or JAX array of any shape.
 
         **Returns:**
 
@@ -423,7 +424,7 @@ class LogTimeWeightDecaySchedule(AbstractSchedule):
     def __call__(self, step: Step) -> Float[Array, "*steps"]:
         """**Arguments:**
 
-        - `step`: one or more steps: an int, a NumPy or a JAX array of any shape.
+        - `step`: one or more steps: an int, or a NumPy or JAX array of any shape.
 
         **Returns:**
 
@@ -445,7 +446,7 @@ def _is(value: HyperParam, number: float) -> bool:
 def log_time_beta_scheduler(
     delta: HyperParamLike = 8.0, offset: HyperParamLike = 0
 ) -> LogTimeBetaSchedule:
-    r"""A decay whose memory grows with the time (Ferbach, Paquette, Gidel, Everett,
+    r"""A decay rate whose memory grows with time (Ferbach, Paquette, Gidel, Everett,
     Paquette 2026, "Logarithmic-time Schedules", arXiv:2602.05298):
 
     $$
@@ -499,23 +500,24 @@ def power_alpha_scheduler(
     scale: HyperParamLike = 1.0,
     offset: HyperParamLike = 0,
 ) -> PowerAlphaSchedule:
-    r"""An $\alpha$ that grows with a power of the time (arXiv:2602.05298):
+    r"""An $\alpha$ that grows as a power of time (arXiv:2602.05298):
 
     $$
     \alpha(t) = c \, (1 + t)^{1 - \kappa}
     $$
 
     This is the paper's formula, times $c$. Its implementations differ: the one in
-    PyTorch multiplies the momentum by $1 + (1 + t)^{1 - \kappa}$, and the one in JAX
-    by $1 + \max(t, 1)^{1 - \kappa}$. In the paper's own optimizer, this 1 weights the
-    only average that there is. AdEMAMix has the fast average with weight 1 already, so
-    the 1 is left out here. In its experiments with AdEMAMix, $\alpha$ rises linearly
-    to $T^{1 - \kappa}$ at the end of a run of $T$ steps: that is
+    PyTorch multiplies the momentum by $1 + (1 + t)^{1 - \kappa}$, and the one in JAX by
+    $1 + \max(t, 1)^{1 - \kappa}$. In the paper's own optimizer, this 1 is the weight of
+    the only average. AdEMAMix already has the fast average with weight 1, so the 1 is
+    left out here. In its experiments with AdEMAMix, $\alpha$ rises linearly to
+    $T^{1 - \kappa}$ at the end of a run of $T$ steps: that is
     `alpha_scheduler(T**0.15, warmup=T)`.
 
     **Arguments:**
 
-    - `kappa`: $\kappa$, in [0, 1]. The paper finds about 0.85, and 0.75 to 0.9 to work.
+    - `kappa`: $\kappa$, in [0, 1]. The paper finds a value of about 0.85, and that 0.75
+        to 0.9 works.
     - `scale`: $c$, at least 0.
     - `offset`: a number that is added to the step, as in
         [`eqx_ademamix.log_time_beta_scheduler`][].
@@ -548,18 +550,18 @@ def power_alpha_scheduler(
 def log_time_weight_decay_scheduler(
     omega: HyperParamLike, timescale: HyperParamLike, offset: HyperParamLike = 0
 ) -> LogTimeWeightDecaySchedule:
-    r"""A weight decay that falls with the time (arXiv:2602.05298):
+    r"""A weight decay that decreases over time (arXiv:2602.05298):
 
     $$
     \lambda(t) = \frac{\omega}{\tau + t}
     $$
 
     The paper has $\omega / t$, which would multiply the parameters by $1 - \omega$ in
-    the first step. Its code has $\omega / (T / 10 + t)$ for a run of $T$ steps. This is
-    the form of the code. With `timescale=1`, it is the paper's, since the first step is
-    step 0 here.
+    the first step. Its code has $\omega / (T / 10 + t)$ for a run of $T$ steps. This
+    function has the form of the code. With `timescale=1`, it is the paper's, since the
+    first step here is step 0.
 
-    The decay there is independent of the peak of the learning rate, but follows its
+    The decay there does not depend on the peak of the learning rate, but follows its
     shape $\gamma(t) = \eta(t) / \eta_\text{max}$: the parameters shrink by
     $\gamma(t) \, \lambda(t)$. `AdEMAMix` multiplies `weight_decay` by the learning rate
     $\eta(t)$, so pass $\omega / \eta_\text{max}$ as `omega`, as in the example. With
@@ -625,7 +627,7 @@ class AlphaCooldownSchedule(AbstractSchedule):
     def __call__(self, step: Step) -> Float[Array, "*steps"]:
         """**Arguments:**
 
-        - `step`: one or more steps: an int, a NumPy or a JAX array of any shape.
+        - `step`: one or more steps: an int, or a NumPy or JAX array of any shape.
 
         **Returns:**
 
@@ -661,12 +663,12 @@ def alpha_cooldown_scheduler(
 
     The mean age of the gradients in $(\hat m_1 + \alpha m_2) / (1 + \alpha)$ is
     $(a_1 + \alpha a_2) / (1 + \alpha)$, where $a_1 = \beta_1 / (1 - \beta_1)$ and
-    $a_2 = \beta_3 / (1 - \beta_3)$ are those of the two averages. A smaller $\alpha$
-    lowers it, so the optimizer responds faster while the learning rate decays. In
-    speed runs of a small GPT with Muon and a mixture of averages, lowering the mean age
-    linearly until the end was better than keeping it ("annealed K-Maxwell momentum",
-    KellerJordan/modded-nanogpt, pull request 357). For AdEMAMix itself, we know of no
-    published result.
+    $a_2 = \beta_3 / (1 - \beta_3)$ are the mean ages of the two averages. A smaller
+    $\alpha$ lowers the mean age, so the optimizer responds faster while the learning
+    rate decays. In speed runs of a small GPT with Muon and a mixture of averages,
+    lowering the mean age linearly until the end was better than keeping it ("annealed
+    K-Maxwell momentum", KellerJordan/modded-nanogpt, pull request 357). For AdEMAMix
+    itself, we know of no published result.
 
     **Arguments:**
 
@@ -674,7 +676,7 @@ def alpha_cooldown_scheduler(
         [`eqx_ademamix.alpha_scheduler`][].
     - `total_steps`: $T$, the step at which the cool-down ends.
     - `cooldown`: $C$, its length in steps. 0 switches to `alpha_end` at once.
-    - `alpha_end`: $\alpha_\text{end}$, the value from step $T$ on, at least 0.
+    - `alpha_end`: $\alpha_\text{end}$, the value from step $T$ onward, at least 0.
     - `offset`: a number that is added to the step of the cool-down. `alpha` has its
         own.
 
@@ -685,7 +687,7 @@ def alpha_cooldown_scheduler(
     **Raises:**
 
     - `ValueError` or `TypeError`: for values out of range, and for a schedule that is
-        meant for another hyperparameter.
+        for another hyperparameter.
 
     !!! Example
 
@@ -715,8 +717,8 @@ def alpha_cooldown_scheduler(
 
 
 class LearningRateSchedule(AbstractSchedule):
-    r"""The learning rate of the [presets](../recipes.md): a peak times a schedule of
-    optax whose own peak is 1."""
+    r"""The learning rate of the [presets](../recipes.md): a peak times an optax
+    schedule whose own peak is 1."""
 
     purpose: ClassVar[Purpose] = Purpose.learning_rate
 
@@ -728,7 +730,7 @@ class LearningRateSchedule(AbstractSchedule):
     def __call__(self, step: Step) -> Float[Array, "*steps"]:
         """**Arguments:**
 
-        - `step`: one or more steps: an int, a NumPy or a JAX array of any shape.
+        - `step`: one or more steps: an int, or a NumPy or JAX array of any shape.
 
         **Returns:**
 
@@ -742,7 +744,7 @@ class LearningRateSchedule(AbstractSchedule):
 
 
 def in_words(schedule: object) -> str:
-    """What a schedule does. Of a callable that is not ours, only its name is known."""
+    """What a schedule does. For a callable that is not ours, only its name is known."""
     if isinstance(schedule, AbstractSchedule):
         return schedule.describe()
     named = schedule if hasattr(schedule, "__qualname__") else type(schedule)
@@ -769,7 +771,7 @@ def half_life(b: Shaped[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]: .
 def half_life(
     b: _Numbers,
 ) -> float | Float[Array, "*shape"] | Float[np.ndarray, "*shape"]:
-    r"""The number of steps after which an average with the decay $\beta$ keeps half of
+    r"""The number of steps after which an average with decay rate $\beta$ keeps half of
     what it held: $\log 0.5 / \log \beta$. The inverse of
     [`eqx_ademamix.from_half_life`][].
 
@@ -779,13 +781,13 @@ def half_life(
 
     **Returns:**
 
-    A Python float for a number. A NumPy array for a NumPy array, computed in float64.
-    A JAX array for a JAX array, in the default float. (The float32 nearest to 0.999999
-    has a half-life of 684,063, and the Python number one of 693,147.)
+    A Python float for a number. A NumPy array for a NumPy array, computed in float64. A
+    JAX array for a JAX array, in the default float. (The float32 nearest to 0.999999
+    has a half-life of 684,063. That of the Python number is 693,147.)
 
     **Raises:**
 
-    - `ValueError` or `TypeError`: for values out of range, and for arrays of 16 bits.
+    - `ValueError` or `TypeError`: for values out of range, and for 16-bit arrays.
 
     !!! Example
 
@@ -816,8 +818,8 @@ def from_half_life(
 def from_half_life(
     steps: _Numbers,
 ) -> float | Float[Array, "*shape"] | Float[np.ndarray, "*shape"]:
-    r"""The decay $\beta = 0.5^{1 / \text{steps}}$ of an average that keeps half of what
-    it held after a number of steps. The inverse of [`eqx_ademamix.half_life`][].
+    r"""The decay rate $\beta = 0.5^{1 / \text{steps}}$ of an average that keeps half of
+    what it held after a number of steps. The inverse of [`eqx_ademamix.half_life`][].
 
     **Arguments:**
 
@@ -825,7 +827,7 @@ def from_half_life(
 
     **Returns:**
 
-    $\beta$, of the kind that [`eqx_ademamix.half_life`][] returns.
+    $\beta$, as a number or array of the same kind as in [`eqx_ademamix.half_life`][].
 
     **Raises:**
 
@@ -851,11 +853,11 @@ def from_half_life(
 
 
 # The paper's Figure 17 (arXiv:2409.03137) implies that nine half-lives of b3 in a run
-# are too few, and eighteen enough. In the middle of these two are about fifteen.
+# are too few, and eighteen are enough. Fifteen is about midway between the two.
 GOOD_HALF_LIVES = 15
 
 
 def b3_for_run(steps: int | float, largest: float = 0.9999) -> float:
-    """The `b3` with fifteen half-lives in a run, at least 0.9 and at most a largest
-    one."""
+    """The `b3` with fifteen half-lives in a run, at least 0.9 and at most the largest
+    one allowed."""
     return max(0.9, min(largest, 0.5 ** (GOOD_HALF_LIVES / steps)))

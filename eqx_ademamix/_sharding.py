@@ -1,4 +1,4 @@
-"""How arrays are split over devices, and arrays beside others."""
+"""How arrays are split over devices, and where to put new arrays next to others."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias, TypeGuard
@@ -54,9 +54,9 @@ def zeros_beside(like: Array, dtype: DTypeLike) -> Array:
 def scalars_beside(
     arrays: Sequence[Array | jax.ShapeDtypeStruct],
 ) -> Callable[[DTypeLike], Array]:
-    """A function from a dtype to a new scalar of zero, where a step on the arrays will
-    put it. Otherwise the first step would move it, and the second step would compile
-    again."""
+    """A function from a dtype to a new zero scalar, placed where a step on the arrays
+    will put it. Otherwise the first step would move it, and the second step would
+    compile again."""
     place = place_beside(arrays)
     return lambda dtype: zeros_at(place, (), dtype)
 
@@ -71,7 +71,7 @@ def zeros_at(place: Place, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
 
 def place_beside(arrays: Iterable[object]) -> Place:
     """Where a step puts scalars: on all devices of the mesh that the arrays are on, or
-    on the device that they were put on by name. `None` if there is no such place."""
+    on the device that they were explicitly put on. `None` if there is no such place."""
     known = [x for x in arrays if not isinstance(x, Tracer)]
     for sharding in (getattr(x, "sharding", None) for x in known):
         if isinstance(sharding, NamedSharding):
@@ -81,14 +81,14 @@ def place_beside(arrays: Iterable[object]) -> Place:
 
 
 def is_committed(x: object) -> TypeGuard[Array]:
-    """Whether an array was put on its device by name, or computed from one that was.
+    """Whether an array was explicitly put on its device, or computed from one that was.
     JAX may move any other."""
     # Before JAX 0.4.31, the attribute was private.
     return bool(getattr(x, "committed", getattr(x, "_committed", False)))
 
 
 def in_sharding_of(x: Array, like: Array) -> Array:
-    """`x` with the sharding of `like`, where JAX knows both: outside of `jit`, and with
+    """`x` with the sharding of `like`, where JAX knows both: outside `jit`, and with
     explicit mesh axes."""
     if not isinstance(x, Tracer):
         known = not isinstance(like, Tracer) and isinstance(

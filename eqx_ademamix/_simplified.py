@@ -47,8 +47,8 @@ from ._typing import no_type_check
 class SimplifiedAdEMAMix(
     AbstractMomentOptimizer[SimplifiedAdEMAMixState, SimplifiedHyperparams]
 ):
-    r"""AdEMAMix with one momentum instead of two, plus the current gradient with a
-    weight of its own (Morwani, Vyas, Zhang, Kakade 2025, arXiv:2502.02431).
+    r"""AdEMAMix with one momentum instead of two, plus the current gradient with its
+    own weight (Morwani, Vyas, Zhang, Kakade 2025, arXiv:2502.02431).
 
     With the gradient $g$, the parameter $\theta$, and the step $t = 1, 2, \dots$:
 
@@ -66,12 +66,12 @@ class SimplifiedAdEMAMix(
     $$
 
     The scalar $n$ is `num`, the sum of the weights of all gradients in $m$. The divisor
-    $d$ is 1; with `bias_correct_m1` it is $n$, and with `normalize` $n + \alpha$.
+    $d$ is 1 by default, $n$ with `bias_correct_m1`, and $n + \alpha$ with `normalize`.
 
-    $m$ is a sum, not an average: at $\beta_1 = 0.99$ it grows to 100 gradients, so the
-    learning rate must be about 100 times smaller than that of AdamW. With `normalize`,
-    a constant gradient gives a step of one learning rate from the first step on, for
-    every $\alpha$ and $\beta_1$.
+    $m$ is a sum, not an average: at $\beta_1 = 0.99$, it grows to the size of 100
+    gradients, so the learning rate must be about 100 times smaller than AdamW's. With
+    `normalize`, a constant gradient gives a step of one learning rate from the first
+    step on, for every $\alpha$ and $\beta_1$.
 
     !!! Example
 
@@ -119,7 +119,7 @@ class SimplifiedAdEMAMix(
 
     @staticmethod
     def direction(g: Array, m: Moments[Array], h: SimplifiedHyperparams) -> Array:
-        """The rule on one leaf: the direction, before learning rate and decay."""
+        """The rule on one leaf: the direction, before the learning rate and decay."""
         momentum = times(1 / h._divisor, times(h.alpha, g) + m.m2)
         nu_hat = times(1 / h._bias2, m.nu)
         return over(momentum, jnp.sqrt(nu_hat + h._eps_root) + h._eps)
@@ -189,7 +189,7 @@ class SimplifiedAdEMAMix(
     ):
         r"""**Arguments:** those of [`eqx_ademamix.AdEMAMix`][], except:
 
-        - `b1`: $\beta_1$, the decay of $m$, in [0, 1); or a schedule.
+        - `b1`: $\beta_1$, the decay rate of $m$, in [0, 1); or a schedule.
         - `alpha`: $\alpha$, the extra weight of the current gradient, at least 0; or a
             schedule. Schedules are called with `state.count`.
         - `state_format`: its entry `m2` says how $m$ is stored.
@@ -197,7 +197,7 @@ class SimplifiedAdEMAMix(
         - `normalize`: whether to divide by $n + \alpha$. Cannot be combined with
             `bias_correct_m1`.
 
-        There is no `max_slow_ratio`, since there is no fast average beside $m$.
+        There is no `max_slow_ratio`, since there is no fast average besides $m$.
 
         **Raises:**
 

@@ -46,7 +46,7 @@ from ._typing import no_type_check
 
 
 StallReport: TypeAlias = dict[str, dict[str, float]]
-# One for each moment, `None` for one that does not exist.
+# One for each moment; `None` for a moment that does not exist.
 Fractions: TypeAlias = tuple[Float[Array, ""] | None, ...]
 
 # A moment is frozen if more than this fraction of its entries stall: then the median
@@ -71,7 +71,7 @@ def stall_report(
     \mathbb{E} \left[ R(m + (1 - \beta)(v - m)) \right] = m,
     $$
 
-    and the report has the fraction of the entries that do. The mean is over the random
+    and the report gives the fraction of entries that do. The mean is over the random
     numbers of the rounding. So what a stall means depends on the format:
 
     - A dtype rounds to nearest. With the spacing $\Delta(m)$ of its numbers at $m$, an
@@ -80,19 +80,19 @@ def stall_report(
         again and again: the change is lost for good.
     - [`eqx_ademamix.ScaledFloat8`][], [`eqx_ademamix.ScaledFloat16`][] and
         [`eqx_ademamix.SplitBfloat16`][] round at random or in turn. One step may leave
-        a code as it is, but the mean of the change is right, so nothing stalls, except
-        for a `nu` below the smallest number of its block, which cannot decay further.
-    - Your own codec is asked: if what it reads back does not depend on the key, it
+        a code unchanged, but the mean change is correct, so nothing stalls, except for
+        a `nu` below the smallest number of its block, which cannot decay further.
+    - Your own codec is tested: if what it reads back does not depend on the key, it
         rounds to nearest. Otherwise it counts as exact in the mean, within the range of
         its numbers.
 
     An entry whose moment and gradient are both zero, such as one in the row of a token
-    that did not occur yet, has lost nothing and does not count as stalled.
+    that has not occurred yet, has lost nothing and does not count as stalled.
 
     Topollai and Choromanska 2026 (arXiv:2603.16731) predict the probability that one
-    step stalls from the spacing and from a model of the gradients. Here the gradients
-    are those that you pass, and only their rounding is random: the fraction holds for
-    other gradients of the same scale as far as these are typical of them.
+    step stalls from the spacing and from a model of the gradients. Here, you pass the
+    gradients, and only the rounding is random: the fraction holds for other gradients
+    of the same scale to the extent that these are typical.
 
     **Arguments:**
 
@@ -102,7 +102,7 @@ def stall_report(
     - `state`: its state, or a tree that contains exactly one state of its kind, as for
         [`eqx_ademamix.hyperparams`][].
     - `grads`: the gradients of one step as the optimizer gets them, for example after
-        clipping. With more entries, the fraction is more accurate: of `n` independent
+        clipping. With more entries, the fraction is more accurate: for `n` independent
         ones, its standard error is at most $1 / (2 \sqrt{n})$.
 
     **Returns:**
@@ -114,8 +114,8 @@ def stall_report(
 
     **Raises:**
 
-    - `ValueError` or `TypeError`: as [`eqx_ademamix.hyperparams`][], and if `grads` do
-        not fit the state.
+    - `ValueError` or `TypeError`: as in [`eqx_ademamix.hyperparams`][], and if `grads`
+        do not fit the state.
     - `TypeError`: under `jit`, where there are no numbers to return.
 
     !!! Example
@@ -164,7 +164,7 @@ def expected_m2_stall(codec: AbstractCodec, b3: float) -> float:
     """The fraction of the entries of `m2` that a typical step will leave unchanged if a
     codec stores it, before there is a state.
 
-    Typical gradients have a mean of 0.05 of their noise, as in the experiment of
+    Typical gradients have a mean of 0.05 times their noise, as in the experiment of
     `docs/precision.md`, and `m2` has settled: it is their mean, with a variance of
     `(1 - b3) / (1 + b3)` of theirs."""
     fmt = StateFormat(np.float32, codec, np.float32, min_size=0)
@@ -202,14 +202,14 @@ def _fractions(
     h = scalars(compute_dtype(*(x.dtype for x in (g, m2, nu) if x is not None)))
     key = count, path_words(jtu.keystr(leaf.path))
     is_random = tuple(map(_rounds_at_random, old))
-    # What is stored is the result of a program, and read back by another one. Within
-    # one, XLA may leave out a conversion to bfloat16 and back.
+    # One program stores, and another reads back. Within one program, XLA may omit a
+    # conversion to bfloat16 and back.
     after, stored = _leaf_trials(rule, names, is_random, g, m2, nu, m1, h, key)
     fractions = tuple(
         None if x is None else _fraction(random, x, y, trials)
         for random, x, y, trials in zip(is_random, old, after, stored, strict=True)
     )
-    # One leaf after the other, since the device may lack room for the moments of all.
+    # One leaf at a time, since the moments of all leaves may not fit on the device.
     return jax.block_until_ready(fractions) if is_in_host else fractions
 
 
@@ -231,7 +231,7 @@ def _leaf_trials(
     h: AbstractHyperparams,
     key: Key,
 ) -> tuple[Moments[Array], list[list[Stored]]]:
-    """The moments of a step on one leaf, and what `update` would store of them. For a
+    """The moments after a step on one leaf, and what `update` would store of them. For
     random rounding, trials that show whether an entry can move."""
     old, real = Moments(m1, m2, nu), h.learning_rate.dtype
     kept = [x.dtype for x in old if x is not None]
@@ -262,8 +262,8 @@ def _trials(
 
 
 def _far(before: Array, after: Array) -> Array:
-    """A moment that is several numbers away from what it was, in the direction in which
-    the step would move it; for the smallest number, seven eighths of it."""
+    """A moment that is several numbers away from its old value, in the direction in
+    which the step would move it; for the smallest number, seven eighths of it."""
     if jnp.iscomplexobj(before):
         return lax.complex(_far(before.real, after.real), _far(before.imag, after.imag))
     return jnp.where(jnp.abs(after) > jnp.abs(before), 8 * before, before / 8)
@@ -284,7 +284,7 @@ def _fraction(
 
 
 def _components(x: Array) -> list[Array]:
-    """The real and the imaginary part of a complex array; a real one as it is."""
+    """The real and imaginary parts of a complex array, or a real array unchanged."""
     return [x.real, x.imag] if jnp.iscomplexobj(x) else [x]
 
 
@@ -296,12 +296,12 @@ def _are_kept(
     if not is_random:
         return are_equal
     # The mean of random rounding is exact between the smallest and the largest number,
-    # so an entry is out of this range if no trial moves it. Zero always can move.
+    # so an entry is out of this range if no trial moves it. Zero can always move.
     return (are_equal & (before != 0)) | (after == before)
 
 
 def _mean(flags: Bool[Array, "..."]) -> Float[Array, ""]:
-    """The fraction of an array that is true, 0 if it is empty. One axis at a time: a
+    """The fraction of an array that is true, or 0 if it is empty. One axis at a time: a
     float32 sum of more than 2^24 ones would be too small."""
     mean = flags.astype(np.float32)
     while mean.ndim:

@@ -30,7 +30,7 @@ SquareTree: TypeAlias = PyTree[Float[Array | Encoded, "?*leaf"], "Params"]
 class AbstractMomentState(eqx.Module, Generic[H]):
     """A state with up to three moments for each parameter, and a counter of steps."""
 
-    # What the moments are called, which fields count steps, and which add up weights.
+    # What the moments are called, which fields count steps, and which sum weights.
     names: ClassVar[Moments[str]]
     counters: ClassVar[tuple[str, ...]]
     weights: ClassVar[tuple[str, ...]]
@@ -52,15 +52,15 @@ class AbstractMomentState(eqx.Module, Generic[H]):
         skips: bool,
         zero: Callable[[Any], Array],
     ) -> Any:  # beartype cannot check `Self`
-        """The state before the first step, from moments of zeros. `weights` are those
-        of the state's weights that the optimizer uses, and `skips` says whether it can
-        skip a step. `zero` makes a scalar of a dtype: each is a buffer of its own, so
-        that all can be donated."""
+        """The state before the first step, from moments of zeros. `weights` names the
+        state's weights that the optimizer uses, and `skips` says whether it can skip a
+        step. `zero` makes a scalar of a dtype, each in its own buffer, so that all can
+        be donated."""
 
     @abc.abstractmethod
     def after(self, moments: Moments[PyTree], h: H, taken: Taken) -> Any:
         """The state after a step, from the moments that it keeps. If the step is not
-        taken, all counters and weights stay, and `skipped` grows."""
+        taken, the counters and weights do not change, and `skipped` grows."""
 
 
 S = TypeVar("S", bound=AbstractMomentState[Any])
@@ -83,10 +83,10 @@ class AdEMAMixState(AbstractMomentState[Hyperparams]):
         real.
     - `m2_weight`: with `bias_correct_m2`, the sum of the weights of all gradients in
         `m2`, $1 - \prod_i \beta_3(i)$, a scalar of the default float. Otherwise `None`.
-    - `m1_weight`, `nu_weight`: if `b1` or `b2` is a schedule, the same of `m1` or `nu`,
-        by which its bias is corrected. Otherwise `None`.
+    - `m1_weight`, `nu_weight`: if `b1` or `b2` is a schedule, the same for `m1` or
+        `nu`, used in its bias correction. Otherwise `None`.
     - `skipped`: with `skip_nonfinite`, the number of steps that were skipped, an int32
-        scalar, which saturates as the counters do. Otherwise `None`.
+        scalar, which saturates like the counters. Otherwise `None`.
     """
 
     names: ClassVar[Moments[str]] = Moments("m1", "m2", "nu")
@@ -116,7 +116,7 @@ class AdEMAMixState(AbstractMomentState[Hyperparams]):
         nu_weight: Float[Array, ""] | None = None,
         skipped: Int32[Array, ""] | None = None,
     ):
-        """**Arguments:** as the attributes.
+        """**Arguments:** the same as the attributes.
 
         **Raises:**
 
@@ -200,7 +200,7 @@ class SimplifiedAdEMAMixState(AbstractMomentState[SimplifiedHyperparams]):
         nu_weight: Float[Array, ""] | None = None,
         skipped: Int32[Array, ""] | None = None,
     ):
-        """**Arguments:** as the attributes.
+        """**Arguments:** the same as the attributes.
 
         **Raises:**
 
@@ -257,11 +257,11 @@ class CompensatedState(eqx.Module):
     **Attributes:**
 
     - `inner_state`: the state of the wrapped optimizer.
-    - `remainder`: what separates the 16-bit parameters from the wanted ones, in steps
-        that depend on the parameters: int16 or int8 arrays shaped like the 16-bit
-        parameters that are trained, `None` at all other leaves.
+    - `remainder`: the difference between the 16-bit parameters and the intended ones,
+        in steps that depend on the parameters: int16 or int8 arrays shaped like the
+        16-bit parameters that are trained, `None` at all other leaves.
     - `count`: the number of steps taken, an int32 scalar. The random rounding of the
-        remainders depends on it.
+        remainders depends on this.
     - `fingerprint`: with `check_params`, a hash of the 16-bit parameters after the last
         step, a uint32 scalar; 0 before the first step. Otherwise `None`.
     - `dtypes`: the names of the 16-bit types that the remainders belong to, in order.
@@ -282,12 +282,12 @@ def next_count(count: Int32[Array, ""]) -> Int32[Array, ""]:
 def _next_skipped(
     skipped: Int32[Array, ""] | None, taken: Taken
 ) -> Int32[Array, ""] | None:
-    """The number of skipped steps after a step, `None` if none can be skipped."""
+    """The number of skipped steps after a step, or `None` if none can be skipped."""
     return None if skipped is None else chosen(taken, skipped, next_count(skipped))
 
 
 #
-# The types of the fields, which bind wherever a state is made
+# The types of the fields, bound wherever a state is made
 #
 
 
@@ -332,6 +332,6 @@ def _leaf_type(x: Node) -> tuple[Hashable, ...]:
 def _check_leaves(
     m2: MomentTree,
     nu: SquareTree,
-    # After those that say what "Params" is: a tree of None would bind it to itself.
+    # After those that define "Params": a tree of None would bind it to itself.
     m1: PyTree[None] | MomentTree,
 ) -> None: ...

@@ -31,11 +31,11 @@ def state_sharding(
     holds the same parameters. This is ZeRO-1, or optimizer state sharding
     ([arXiv:1910.02054](https://arxiv.org/abs/1910.02054), section 5.1).
 
-    One axis of each parameter is split for all of its moments, codes and scales: the
+    One axis of each parameter is split for all of its moments, codes, and scales: the
     largest one whose shards hold whole blocks of the codecs, otherwise the largest one
     that can be split. Axes that a parameter already splits stay split. A parameter that
-    already splits an axis over `axis` gets moments like itself. One with no axis that
-    can be split gets a state that is replicated.
+    already splits an axis over `axis` gets moments with the same sharding. One with no
+    axis that can be split gets a replicated state.
 
     **Arguments:**
 
@@ -43,7 +43,7 @@ def state_sharding(
     - `params`: the model, with its arrays on the mesh or not yet on several devices.
         `jax.ShapeDtypeStruct`s, with or without a sharding, may take their place.
     - `mesh`: the mesh.
-    - `axis`: the name of the mesh axis of data parallelism, or a tuple of names.
+    - `axis`: the name of the data-parallel mesh axis, or a tuple of names.
 
     **Returns:**
 
@@ -95,13 +95,13 @@ def sharding_report(
 
     **Returns:**
 
-    Text for a person to read. For each trained array, a line has its path, its shape,
-    its own sharding, that of its state, the bytes of its state on each device, and what
-    is special about it.
+    Human-readable text. Each trained array has a line with its path, its shape, its own
+    sharding, that of its state, the bytes of its state on each device, and a note on
+    anything special.
 
     **Raises:**
 
-    - `ValueError`: as [`eqx_ademamix.state_sharding`][].
+    - `ValueError`: as in [`eqx_ademamix.state_sharding`][].
 
     !!! Example
 
@@ -287,7 +287,7 @@ def _chosen(
     specs = [_extended(own, i, new) for i in range(len(shape))]
     size = dict(zip(specs, _shard(shape, own, mesh), strict=True))
     possible = [x for x in specs if size[x] % _size(mesh, new) == 0]
-    # `max` takes the first axis of those that are equal.
+    # `max` takes the first of several equal axes.
     rank = lambda spec: (is_whole(spec), size[spec])
     spec = max(possible, key=rank, default=own)
     return _Choice(own, spec, is_whole(spec))
@@ -337,8 +337,8 @@ def _parts(entry: Node, choice: _Choice | None, mesh: Mesh) -> list[_Part]:
 
 
 def _spec_of_part(part: Shape, shape: Shape, choice: _Choice, mesh: Mesh) -> Spec:
-    """Codes are split as the parameter, scales along the same axes. An axis of blocks
-    that span devices is not split."""
+    """Codes are split like the parameter, and scales along the same axes. An axis of
+    blocks that span devices is not split."""
     return tuple(
         axis if n == whole or (choice.is_whole and n % _size(mesh, axis) == 0) else ()
         for n, whole, axis in zip(part, shape, choice.spec, strict=False)

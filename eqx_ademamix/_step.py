@@ -89,8 +89,8 @@ Key: TypeAlias = tuple[Int32[Array, ""], UInt32[Array, "2"]]
 class AbstractMomentOptimizer(AbstractOptimizer[S], Generic[S, H]):
     """An optimizer that keeps up to three moments for each parameter.
 
-    It says how the moments of one leaf change (`averages`), and in which direction the
-    leaf moves (`direction`). The step does the rest.
+    It defines how the moments of one leaf change (`averages`) and in which direction
+    the leaf moves (`direction`). The step does the rest.
     """
 
     learning_rate: eqx.AbstractVar[HyperParamOrSchedule]
@@ -115,7 +115,7 @@ class AbstractMomentOptimizer(AbstractOptimizer[S], Generic[S, H]):
     @property
     @abc.abstractmethod
     def weights(self) -> tuple[str, ...]:
-        """Those of the state's weights that this optimizer keeps."""
+        """The weights in the state that this optimizer keeps."""
 
     @abc.abstractmethod
     def resolve(self, state: S) -> H:
@@ -196,8 +196,8 @@ def start(
     params: PyTree,
     place: Callable[[Moments[Stored]], Moments[Stored]],
 ) -> S:
-    """The state before the first step. `place` says in which memory the moments of a
-    leaf are, and gets them one leaf at a time."""
+    """The state before the first step. `place` puts the moments of a leaf in their
+    memory. It is called for one leaf at a time."""
     trained = trained_arrays(optim.trainable, flatten(params), or_structs=True)
     check_not_empty(params, trained)
     as_bools(optim.weight_decay_mask, trained, "weight_decay_mask")
@@ -221,7 +221,7 @@ def _rebuilt(like: Leaves, moments: Sequence[Moments[Stored]]) -> Moments[PyTree
 
 
 def _spread(values: Sequence[Stored | None], like: Leaves) -> list[Stored | None]:
-    """One value for each leaf of a tree, and `None` where that has `None`."""
+    """One value for each leaf of a tree, and `None` where the tree has `None`."""
     rest = iter(values)
     return [None if x is None else next(rest) for x in like.values]
 
@@ -265,8 +265,8 @@ def _apply(
     taken: Taken,
     has_params: bool,
 ) -> list[tuple[Array, Moments[Stored]]]:
-    """Applies a rule to each trained leaf. Returns their updates and moments, which are
-    in the memory that they were in before."""
+    """Applies a rule to each trained leaf. Returns their updates and moments, in the
+    same memory as before."""
     scalars = ft.cache(ft.partial(in_dtype, h))
     leaves = [leaf for leaf in selection.leaves if leaf.trained is not None]
     stepped: list[tuple[Array, Moments[Stored]]] = []
@@ -279,7 +279,7 @@ def _apply(
         real = compute_dtype(*(x.dtype for x in (g, p, m2, nu) if x is not None))
         key = state.count, path_words(jtu.keystr(leaf.path))
         if isinstance(scale, float):
-            scale = wide(scale)  # traced: a new number compiles nothing
+            scale = wide(scale)  # traced: a new number triggers no recompilation
         args = g, m2, nu, m1, p, scale, scalars(real), key, taken
         update, moments = _leaf_step(rule, state.names, decay, *args)
         if is_in_host:
@@ -288,8 +288,8 @@ def _apply(
     return stepped
 
 
-# The moments of a leaf can be on their way to the device while the step on the leaf
-# before it is computed. Without a limit, XLA would bring in those of all leaves first.
+# The moments of a leaf can be copied to the device while the step on the previous leaf
+# is computed. Without a limit, XLA would first copy those of all leaves.
 _IN_FLIGHT = 2
 
 
@@ -322,8 +322,8 @@ def _leaf_step(
     key: Key,
     taken: Taken,
 ) -> tuple[Inexact[Array, "*leaf"], Moments[Stored]]:
-    """The step on one leaf: decode, average, store, combine. It is jitted, so that all
-    leaves of one type are traced, lowered and type-checked once."""
+    """The step on one leaf: decode, average, store, combine. Jitted, so that all leaves
+    of one type are traced, lowered, and type-checked once."""
     old = Moments(m1, m2, nu)
     real, like = h.learning_rate.dtype, g if p is None else p
     kept = [x.dtype for x in old if x is not None]
@@ -332,7 +332,7 @@ def _leaf_step(
     averages = rule.averages(g, as_arrays(old, real), h)
     averages, stored = _stored(averages, old, names, key, bounds_of(rule, g, old, h))
     # If the averages and the direction shared one clipped gradient, XLA on CPUs would
-    # materialize it. Where it is infinite, the averages are, too.
+    # materialize it. Where it is infinite, so are the averages.
     u = saturated(rule.direction(clamped(whole, largest), averages, h))
     if h._clip_update_rms is not None:
         u = limited_rms(u, h._clip_update_rms)
@@ -393,7 +393,7 @@ def _stored(
     bounds: list[Bounds | None],
 ) -> tuple[Moments[Array], Moments[Stored]]:
     """What the direction is computed from, and what the state keeps. Random rounding
-    depends on the counter, on the leaf's path and on the moment's name."""
+    depends on the counter, the leaf's path, and the moment's name."""
     seed = seed_at(*key)
     pairs = [
         (None, None)

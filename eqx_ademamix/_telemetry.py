@@ -49,9 +49,9 @@ def telemetry(
     stacked: Patterns = (),
 ) -> Telemetry:
     r"""The numbers that show how a run with a slow momentum is doing. Works inside and
-    outside of `jit`.
+    outside `jit`.
 
-    All numbers are about the state as it is. After an `update`, the hyperparameters are
+    All numbers describe the current state. After an `update`, the hyperparameters are
     those of the next step, and the moments are those of the step just taken, $t$ =
     `count`. Below, $\text{rms}(x) = \sqrt{\text{mean}(|x|^2)}$ is over the entries of
     all trained arrays together.
@@ -59,8 +59,8 @@ def telemetry(
     - `learning_rate`, `alpha`, `b3`: as [`eqx_ademamix.hyperparams`][] gives them.
     - `b3_half_life`: $\ln \frac12 / \ln \beta_3$, the number of steps after which a
         gradient has half of its weight in $m_2$.
-    - `m1_rms`: $\text{rms}(\hat m_1)$ with $\hat m_1 = m_1 / (1 - \beta_1^t)$, or if
-        `b1` is a schedule, with the product of its values in place of $\beta_1^t$.
+    - `m1_rms`: $\text{rms}(\hat m_1)$ with $\hat m_1 = m_1 / (1 - \beta_1^t)$. If `b1`
+        is a schedule, the product of its values replaces $\beta_1^t$.
     - `m2_rms`: $\text{rms}(m_2)$.
     - `slow_fast_ratio`: $\text{rms}(\alpha m_2) / \text{rms}(\hat m_1)$.
     - `slow_fast_cosine`: the cosine of the angle between $\hat m_1$ and $m_2$,
@@ -68,7 +68,7 @@ def telemetry(
     - `nu_rms`: $\text{rms}(\nu)$, without bias correction.
     - `update_rms`, `param_rms`: $\text{rms}$ of `updates` and of `params`.
     - `update_param_ratio`: the first of these two over the second.
-    - `grad_rms`: $\text{rms}$ of `grads`. It is not finite if an entry is not.
+    - `grad_rms`: $\text{rms}$ of `grads`. It is not finite if any entry is not.
     - `nonfinite_fraction`: the fraction of the entries of `grads` that are NaN or
         infinite.
     - `skipped`: with `skip_nonfinite`, the number of steps that were skipped, an int32.
@@ -76,10 +76,10 @@ def telemetry(
     A quotient of two zeros is 0, so there is no NaN before the first step.
 
     With a Python `b1=0`, the state has no $m_1$: $\hat m_1$ is the gradient, and the
-    keys about it are there if `grads` are given. With `bias_correct_m2`, the ratio is
-    that of the corrected $m_2$ that the rule uses. A
-    [`eqx_ademamix.SimplifiedAdEMAMix`][] has no `b3`, $m_1$ and $m_2$: instead of their
-    keys there is `m_rms`, $\operatorname{rms}(m)$ of its sum $m$.
+    keys about it exist if `grads` are given. With `bias_correct_m2`, the ratio is that
+    of the corrected $m_2$ that the rule uses. A [`eqx_ademamix.SimplifiedAdEMAMix`][]
+    has no `b3`, $m_1$, or $m_2$: instead of their keys, there is `m_rms`,
+    $\operatorname{rms}(m)$ of its sum $m$.
 
     **Arguments:**
 
@@ -92,24 +92,24 @@ def telemetry(
     - `params`: the model, or `None`. Only the arrays that are trained count.
     - `grads`: the gradients as the optimizer gets them, for example after clipping, or
         `None`.
-    - `per_path`: whether to add each of the numbers about arrays for each trained
-        array, too: for example `update_rms/layers/0/weight`.
+    - `per_path`: whether to add the numbers about arrays for each trained array too,
+        for example `update_rms/layers/0/weight`.
     - `stacked`: regular expressions that `re.search` looks for in an array's path, as
-        error messages print it (`.layers[0].weight`). With `per_path`, the arrays that
-        are found get each number for each entry of their first axis, too: for example
+        error messages print it (`.layers[0].weight`). With `per_path`, matching arrays
+        also get each number for each entry of their first axis: for example
         `update_rms/blocks/weight[3]` for the fourth of the layers that
         `eqx.filter_vmap` has stacked and `jax.lax.scan` runs.
 
     **Returns:**
 
     A dictionary of arrays of shape `()` in the default float. Without `updates`,
-    `params` or `grads`, it has no keys about them. Each array is read once. Only where
-    squares overflow or underflow, the arrays of that leaf are read again, so that
-    numbers of any magnitude are right.
+    `params`, or `grads`, it has no keys about them. Each array is read once. Only where
+    squares overflow or underflow are the arrays of that leaf read again, so that
+    numbers of any magnitude are correct.
 
     **Raises:**
 
-    - `ValueError` or `TypeError`: as [`eqx_ademamix.hyperparams`][]; if `updates`,
+    - `ValueError` or `TypeError`: as in [`eqx_ademamix.hyperparams`][]; if `updates`,
         `params` or `grads` do not fit the state; if a pattern of `stacked` finds no
         array with an axis; if `stacked` is given without `per_path`.
 
@@ -148,7 +148,7 @@ def telemetry(
 def _hyperparams(h: Any) -> Telemetry:
     scalars: Telemetry = {"learning_rate": h.learning_rate, "alpha": h.alpha}
     if isinstance(h, Hyperparams):
-        # From 1 - b3, whose digits b3 itself may lack.
+        # From 1 - b3, since b3 itself may lack its digits.
         log_b3 = jnp.log1p(-h._decay3.complement)
         scalars |= {"b3": h.b3, "b3_half_life": -math.log(2.0) / log_b3}
     return scalars
@@ -233,7 +233,7 @@ def _leaf(path: Path, is_layered: bool, arrays: LeafArrays) -> _Leaf:
     if not any_in_host(arrays):
         return _Leaf(path, size, *leaf_magnitudes(is_layered, arrays))
     numbers = leaf_magnitudes(is_layered, to_device(arrays))
-    # One leaf after the other, since the device may lack room for the moments of all.
+    # One leaf at a time, since the moments of all leaves may not fit on the device.
     return _Leaf(path, size, *jax.block_until_ready(numbers))
 
 
@@ -280,7 +280,7 @@ def _tables(
     factors: _Factors,
 ) -> tuple[Telemetry, list[dict[str, list[Scalar]]]]:
     """The numbers of all leaves together, of each leaf, and of the layers of each leaf
-    that has layers. It is jitted, since it is many small operations."""
+    that has layers. Jitted, since it is many small operations."""
     leaves = jax.tree.map(lambda *numbers: jnp.stack(numbers), *wholes)
     total = _by_key(together(leaves, sizes), factors)
     tables = [_by_key(x, factors) for x in [leaves, *layers]] if per_path else []
@@ -314,8 +314,8 @@ def _flat(names: list[str], table: dict[str, list[Scalar]]) -> Telemetry:
 
 
 def _names(paths: list[Path]) -> dict[Path, str]:
-    """What the numbers of each leaf are called: its whole path if the short ones of two
-    leaves are equal, or if there is only one leaf, the tree itself."""
+    """The names for the numbers of each leaf. A leaf is named by its whole path if the
+    short paths of two leaves are equal, or if the tree itself is the only leaf."""
     texts = ["/".join(map(_key_text, path)) for path in paths]
     if len(set(texts)) < len(texts) or "" in texts:
         texts = [full_path_text(path) for path in paths]

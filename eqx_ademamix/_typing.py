@@ -10,10 +10,10 @@ _Fn = TypeVar("_Fn", bound=Callable[..., Any])
 
 def no_type_check(fn: _Fn) -> _Fn:
     """Exempts a public function from the checks of jaxtyping's import hook, whose
-    messages on a whole model are too long to read. Our own checks come first, and the
-    jaxtyped core is the net behind them.
+    messages for a whole model are too long to read. Our own checks come first, and the
+    jaxtyped core is the safety net behind them.
 
-    The hook knows the decorator by this name. `typing.no_type_check` itself would make
-    static type checkers forget the signature.
+    The hook recognizes the decorator by this name. `typing.no_type_check` itself would
+    make static type checkers ignore the signature.
     """
     return typing.no_type_check(fn)

@@ -1,17 +1,17 @@
 """Ready-made optimizers: published recipes, each with its source.
 
-Each function returns an `AdEMAMix` with its schedules of the learning rate, `b3` and
-`alpha`. Gradient clipping is a part of the recipes: put `optax.clip_by_global_norm`
-before the preset, with the number that `clip_norm` has for it.
+Each function returns an `AdEMAMix` with schedules for the learning rate, `b3`, and
+`alpha`. Gradient clipping is part of the recipes: put `optax.clip_by_global_norm`
+before the preset, with the number that `clip_norm` returns for it.
 
 All functions also take the arguments of `AdEMAMix` by keyword. A number for
 `learning_rate`, `b3` or `alpha` replaces the value that the preset's schedule reaches
 (for the learning rate, the peak). A schedule replaces the preset's schedule. Every
 other argument replaces the preset's value. `b3` starts at `b1`.
 
-A warm-up or a cool-down of the learning rate takes at most half of the run, and the
-warm-ups of `b3` and `alpha` end with the run at the latest. So a run can be shorter
-than the phases of the recipe.
+A warm-up or cool-down of the learning rate takes at most half of the run, and the
+warm-ups of `b3` and `alpha` end no later than the run. So a run can be shorter than the
+phases of the recipe.
 
 Schedules count the steps 0, 1, 2, ..., as everywhere in this package.
 """
@@ -125,12 +125,12 @@ def paper(
 
     **Arguments:**
 
-    - `size`: which model of the paper yours resembles.
+    - `size`: the model in the paper that yours resembles.
     - `total_steps`: $T$, the number of steps of the run.
     - `overrides`: arguments of [`eqx_ademamix.AdEMAMix`][] that replace those of the
         preset, for example `weight_decay_mask`. A number for `learning_rate`, `b3` or
         `alpha` changes the value that the schedule reaches. The end of the cosine
-        remains the same share of the peak.
+        remains the same fraction of the peak.
 
     **Returns:**
 
@@ -139,7 +139,7 @@ def paper(
     **Raises:**
 
     - `ValueError` or `TypeError`: for an unknown size, for a number of steps that is
-        not a positive int, and as `AdEMAMix`.
+        not a positive int, and as in `AdEMAMix`.
 
     !!! Example
 
@@ -197,8 +197,8 @@ def benchmark(total_steps: int, **overrides: Unpack[Overrides]) -> AdEMAMix:
     runs of up to 32,000 steps and 0.9999 in longer ones (section D.1).
 
     The [launch scripts](https://github.com/epfml/llm-optimizer-benchmark) differ in two
-    points. They have $\beta_3 = 0.999$ also at 48,000, 128,000 and 336,000 steps. The
-    warm-up of the learning rate is half a cosine there (PyTorch's `OneCycleLR`), and
+    ways. They also have $\beta_3 = 0.999$ at 48,000, 128,000, and 336,000 steps. The
+    warm-up of the learning rate is half a cosine there (PyTorch's `OneCycleLR`) and
     linear here.
 
     **Arguments:**
@@ -206,8 +206,8 @@ def benchmark(total_steps: int, **overrides: Unpack[Overrides]) -> AdEMAMix:
     - `total_steps`: the number of steps of the run.
     - `overrides`: as in [`eqx_ademamix.presets.paper`][].
 
-    **Returns:** and **Raises:** as [`eqx_ademamix.presets.paper`][]. Clip gradients to
-    0.5, and to 0.1 at 720 million parameters.
+    **Returns:** and **Raises:** as in [`eqx_ademamix.presets.paper`][]. Clip gradients
+    to 0.5, and to 0.1 at 720 million parameters.
 
     !!! Example
 
@@ -263,21 +263,21 @@ def apertus(
     Both have $\beta_1 = 0.9$, $\beta_2 = 0.999$, $\beta_3 = 0.9999$, $\alpha = 8$, and
     weight decay 0.1. $\beta_3$ and $\alpha$ warm up over 100,000 steps. The learning
     rate rises linearly and stays at its peak. In the cool-down, it falls to 10% as
-    $1 - 0.9 \sqrt{x}$, where $x$ is the share of the cool-down that is over. Gradients
-    are clipped to 0.1.
+    $1 - 0.9 \sqrt{x}$, where $x$ is the fraction of the cool-down that has passed.
+    Gradients are clipped to 0.1.
 
-    The report and the scripts differ in two points: in the report, the learning rate
+    The report and the scripts differ in two ways. In the report, the learning rate
     rises from 10% of its peak, and the cool-down begins after 13.5 trillion tokens. In
-    the scripts, it rises from 0, and the cool-down begins after 13.35 trillion. This is
-    what the scripts do.
+    the scripts, it rises from 0, and the cool-down begins after 13.35 trillion. This
+    preset follows the scripts.
 
     **Arguments:**
 
-    - `size`: which of the two models yours resembles.
-    - `total_steps`: the number of steps of the run. By default that of the model.
+    - `size`: the model that yours resembles.
+    - `total_steps`: the number of steps of the run. By default, that of the model.
     - `overrides`: as in [`eqx_ademamix.presets.paper`][].
 
-    **Returns:** and **Raises:** as [`eqx_ademamix.presets.paper`][].
+    **Returns:** and **Raises:** as in [`eqx_ademamix.presets.paper`][].
 
     !!! Example
 
@@ -306,22 +306,22 @@ def apertus(
 def short_run(total_steps: int, **overrides: Unpack[Overrides]) -> AdEMAMix:
     r"""A run of fewer than 10,000 steps from scratch.
 
-    We know of no published recipe for such runs, and AdamW may be as good. This one is
-    close to the runs of 8000 steps in
+    We know of no published recipe for such runs, and AdamW may be just as good. This
+    one is close to the runs of 8000 steps in
     [Does it train better?](../reproductions.md#does-it-train-better): $\alpha = 5$,
     $\beta_1 = 0.9$, $\beta_2 = 0.999$, weight decay 0.1, and gradients clipped to 0.5.
     $\beta_3$ and $\alpha$ warm up over the whole run. $\beta_3$ is 0.999 or, in runs of
     fewer than 10,400 steps, the value with fifteen half-lives in the run, but at least
     0.9. The learning rate rises linearly to 1e-3 over a tenth of the run and falls
     along a cosine to 1e-5. Its peak depends on your model: pass the one that is best
-    for AdamW, and try half of it, too.
+    for AdamW, and also try half of it.
 
     **Arguments:**
 
     - `total_steps`: the number of steps of the run.
     - `overrides`: as in [`eqx_ademamix.presets.paper`][].
 
-    **Returns:** and **Raises:** as [`eqx_ademamix.presets.paper`][].
+    **Returns:** and **Raises:** as in [`eqx_ademamix.presets.paper`][].
 
     !!! Example
 
@@ -355,7 +355,7 @@ def finetune(total_steps: int, **overrides: Unpack[Overrides]) -> AdEMAMix:
     - `total_steps`: the number of steps of the fine-tuning.
     - `overrides`: as in [`eqx_ademamix.presets.paper`][].
 
-    **Returns:** and **Raises:** as [`eqx_ademamix.presets.paper`][].
+    **Returns:** and **Raises:** as in [`eqx_ademamix.presets.paper`][].
 
     !!! Example
 
@@ -367,7 +367,7 @@ def finetune(total_steps: int, **overrides: Unpack[Overrides]) -> AdEMAMix:
         ```
     """
     steps = positive_int("total_steps", total_steps)
-    # As in transformers, where a share of the steps is rounded up.
+    # As in transformers, which rounds a fraction of the steps up.
     rate = _warmup_linear(steps, warmup=math.ceil(0.03 * steps))
     return _made(_Recipe(5e-6, rate, 0.99, 8.0, steps, 0.0), overrides)
 
@@ -379,7 +379,7 @@ def from_adamw_recipe(
     total_steps: int,
     **overrides: Unpack[OtherOverrides],
 ) -> AdEMAMix:
-    r"""AdEMAMix for a model with a tuned AdamW. It keeps what AdamW has, and adds the
+    r"""AdEMAMix for a model with a tuned AdamW. It keeps what AdamW has and adds the
     slow average.
 
     $\alpha = 5$ and $\beta_3$ warm up over the whole run. $\beta_3$ is 0.9999 or, in a
@@ -392,16 +392,16 @@ def from_adamw_recipe(
 
     **Arguments:**
 
-    - `learning_rate`: AdamW's, a number or a schedule, for example of optax.
+    - `learning_rate`: AdamW's, a number or a schedule, for example from optax.
     - `weight_decay`: AdamW's.
     - `total_steps`: the number of steps of the run.
     - `overrides`: arguments of [`eqx_ademamix.AdEMAMix`][] that replace those of the
         preset: `b2` if yours is tuned, `weight_decay_mask`, and so on. A number for
         `b3` or `alpha` changes the value that the schedule reaches.
 
-    **Returns:** and **Raises:** as [`eqx_ademamix.presets.paper`][]. A run in progress
-    continues with [`eqx_ademamix.from_adamw`][]: pass the number of steps that are left
-    as `total_steps`, and the schedule of the whole run as `learning_rate`.
+    **Returns:** and **Raises:** as in [`eqx_ademamix.presets.paper`][]. To continue a
+    run in progress, use [`eqx_ademamix.from_adamw`][]: pass the number of steps that
+    are left as `total_steps`, and the schedule of the whole run as `learning_rate`.
 
     !!! Example
 
@@ -436,7 +436,7 @@ _CLIP_NORMS: Mapping[str, Mapping[str | None, float]] = {
 
 @no_type_check
 def clip_norm(preset: str, size: str | None = None) -> float:
-    """To which global norm a recipe clips its gradients.
+    """The global norm to which a recipe clips its gradients.
 
     **Arguments:**
 

@@ -52,15 +52,16 @@ class Config(TextConfig):
     plot: Path | None = None
     """Path of the loss plot. The default is OUT/loss.png."""
     resume: bool = False
-    """Continue from the newest whole checkpoint in OUT. The results are the same, bit
-    for bit. With other --steps, the run becomes longer or shorter: the warm-ups go on
-    from their present values, and the learning rate follows its new schedule."""
+    """Continue from the newest complete checkpoint in OUT. The results are the same,
+    bit for bit. A different --steps makes the run longer or shorter: the warm-ups
+    continue from their current values, and the learning rate follows its new
+    schedule."""
     compare: bool = False
     """Train with AdamW and with AdEMAMix, from the same weights on the same batches."""
     optimizer: OptimizerName = "ademamix"
     """The optimizer to train with. Ignored with --compare."""
     log_every: int = 10
-    """How many steps there are between two rows of the log, OUT/OPTIMIZER.csv."""
+    """The number of steps between two rows of the log, OUT/OPTIMIZER.csv."""
     tensorboard: bool = False
     """Also log for TensorBoard, to OUT/tensorboard."""
     steps: int = 8000

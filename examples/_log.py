@@ -12,7 +12,7 @@ Row: TypeAlias = dict[str, float]
 
 
 def read_log(path: Path) -> list[Row]:
-    """The rows of a CSV file. A killed process may leave half of the last one."""
+    """The rows of a CSV file. A killed process may leave the last one incomplete."""
     with path.open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if None not in row.values()]
     return [{name: float(x) for name, x in row.items()} for row in rows]
@@ -22,7 +22,7 @@ class Log:
     """The log of a run: one row every few steps."""
 
     def __init__(self, path: Path, done: int, events: Path | None = None):
-        """Continues a log after step `done`. Later rows are of a process that was
+        """Continues a log after step `done`. Later rows are from a process that was
         killed, and their steps are taken again."""
         old = read_log(path) if done and path.exists() else []
         self.path, self.rows = path, [row for row in old if row["step"] <= done]
@@ -48,7 +48,7 @@ class Log:
             self.events.close()
 
     def _write(self, lines: list[list[Any]]) -> None:
-        """Adds lines to the file, and closes it: a killed process loses none."""
+        """Adds lines to the file and closes it, so that a killed process loses none."""
         with self.path.open("a", newline="") as file:
             csv.writer(file).writerows(lines)
 
@@ -58,8 +58,7 @@ def _cells(row: Row) -> list[float]:
 
 
 def _event_writer(folder: Path, done: int) -> Any:
-    """A writer of event files. TensorBoard drops what older files have of later
-    steps."""
+    """A writer of event files. TensorBoard drops later steps from older files."""
     from tensorboardX import SummaryWriter
 
     return SummaryWriter(str(folder), purge_step=done + 1)

@@ -1,4 +1,4 @@
-"""What a loss of the language model means, beside recorded runs of AdamW."""
+"""What a loss of the language model means, compared with recorded runs of AdamW."""
 
 import json
 from pathlib import Path

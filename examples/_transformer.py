@@ -76,7 +76,7 @@ def generate(
 
     def write(text: Array, i: Array) -> tuple[Array, None]:
         start = jnp.maximum(0, i - context)
-        # The text from position `i` on is still blank. Causal attention ignores it.
+        # The text from position `i` onward is still blank. Causal attention ignores it.
         window = jax.lax.dynamic_slice(text, (start,), (context,))
         logits = model(window)[i - start - 1] / temperature
         byte = jax.random.categorical(jax.random.fold_in(key, i), logits)

@@ -61,8 +61,8 @@ value_and_grad = eqx.filter_value_and_grad(mean_loss)
 
 
 def mean_over_batches(model: eqx.nn.MLP, batches: Batch) -> tuple[Array, PyTree]:
-    """The mean loss and gradient, one batch after the other. If the batches are split
-    over devices, XLA adds up the gradients of all devices for each batch."""
+    """The mean loss and gradient, one batch at a time. If the batches are split over
+    devices, XLA adds up the gradients of all devices for each batch."""
 
     def add(total: PyTree, batch: Batch) -> tuple[PyTree, None]:
         return jax.tree.map(jnp.add, total, value_and_grad(model, batch)), None
@@ -121,7 +121,7 @@ def make_optimizer(config: Config, model: eqx.nn.MLP) -> eqx_ademamix.AdEMAMix:
 
 
 def place(tree: PyTree, shardings: PyTree) -> PyTree:
-    """Puts the arrays of a tree where the shardings say, also in compiled functions."""
+    """Puts the arrays of a tree where the shardings say, even in compiled functions."""
     arrays, rest = eqx.partition(tree, eqx.is_array)
     return eqx.combine(jax.lax.with_sharding_constraint(arrays, shardings), rest)
 
@@ -165,8 +165,8 @@ def stacked(data: Batch, config: Config, step: int) -> Batch:
 
 
 def count_exchanges(program: str) -> tuple[int, int]:
-    """The arrays of more than one number that are summed over devices: inside of loops,
-    and outside."""
+    """The arrays of more than one number that are summed over devices: inside and
+    outside loops."""
     entry = re.search(r"^ENTRY .*?^}", program, re.MULTILINE | re.DOTALL)
     assert entry is not None
     outside = count_sums(entry.group())

@@ -1,8 +1,8 @@
 """Trains the language model with four bytes of state per parameter and with bfloat16
 parameters. Compares the result with a run that uses float32 for everything.
 
-The four bytes are for arrays of at least 4096 entries (`min_size`). Smaller ones, such
-as biases and norms, keep twelve: they hardly count, and their moments stay exact.
+The four bytes are for arrays with at least 4096 entries (`min_size`). Smaller ones,
+such as biases and norms, keep twelve: they add little, and their moments stay exact.
 
 To list the options, run `python examples/compact_state.py --help`.
 """
@@ -47,7 +47,7 @@ def cast(model: PyTree, dtype: Any) -> PyTree:
 
 def make_small(optim: AdEMAMix, model: Transformer) -> tuple[Compensated, Transformer]:
     """Two bytes per parameter, two for its rounding error, and four for its moments
-    (twelve in arrays of fewer than 4096 entries)."""
+    (twelve in arrays with fewer than 4096 entries)."""
     compact = dataclasses.replace(optim, state_format=StateFormat.compact())
     return Compensated(compact, bits=16), cast(model, jnp.bfloat16)
 

@@ -28,9 +28,9 @@ class Config:
     seeds: int = 4
     """The number of networks. They are trained simultaneously."""
     learning_rate: float = 1.6e-2
-    """The peak learning rate, which works well for both optimizers.
-    Six rates from 2e-3 to 6.4e-2 were tried, each twice the previous one.
-    At this rate, the error of each optimizer is within 5 percent of its lowest one."""
+    """The peak learning rate, which works well for both optimizers. Six rates from 2e-3
+    to 6.4e-2 were tried, each twice the previous one. At this rate, the error of each
+    optimizer is within 5 percent of its lowest."""
     alpha: float = 5.0
     """AdEMAMix: the final weight of the slow average."""
     b3: float = 0.999
@@ -92,7 +92,7 @@ def l2_error(model: Solution) -> Scalar:
 def train(
     optim: eqx_ademamix.AdEMAMix, model: Solution, steps: int
 ) -> Float[Array, " evaluations"]:
-    """Trains one network. Returns its errors after every fiftieth of the steps."""
+    """Trains one network. Returns its error after each fiftieth of the steps."""
     key = jax.random.key(1)
     loss_fn = lambda model, i: mean_loss(model, jax.random.fold_in(key, i))
     step = eqx_ademamix.make_step(loss_fn, optim)

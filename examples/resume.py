@@ -27,7 +27,7 @@ import eqx_ademamix
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Trains a classifier of handwritten digits twice: once in a single process, and
-    once in two processes, of which the first is killed."""
+    once in two processes, the first of which is killed."""
 
     steps: int = 2000
     """The number of steps. Every schedule spans all of them."""
@@ -69,7 +69,7 @@ class Run(NamedTuple):
 
 
 def start(steps: int) -> tuple[eqx_ademamix.AdEMAMix, Run]:
-    """Creates the optimizer and the start of the run, anew in each process."""
+    """Creates the optimizer and the initial run. Each process does this again."""
     model = eqx.nn.MLP(64, 10, width_size=128, depth=2, key=jax.random.key(0))
     optim = eqx_ademamix.AdEMAMix(
         optax.cosine_decay_schedule(1e-3, steps),

@@ -66,7 +66,7 @@ def switch_to_ademamix(run: Run) -> Run:
 
     steps_left = config.steps - len(run.train_losses)
     optim = eqx_ademamix.AdEMAMix(
-        # Continues where it was, because it counts from AdamW's first step.
+        # Continues from where it was, because it counts from AdamW's first step.
         make_schedule(run.config),
         # Start now, because they count the steps of the slow average, which is new.
         b3=eqx_ademamix.beta3_scheduler(config.b3, 0.9, warmup=steps_left),

@@ -84,7 +84,7 @@ def with_new_length(
     optim: Optimizer, state: PyTree, config: Config, model: Transformer
 ) -> Optimizer:
     """The optimizer of a run that now ends after `config.steps` steps. The warm-ups
-    continue from their present values, and the learning rate has its new schedule."""
+    continue from their current values, and the learning rate has its new schedule."""
     new = make_optimizer(config, model)
     if not isinstance(optim, eqx_ademamix.AdEMAMix):
         return new
@@ -129,7 +129,7 @@ def train_step(
 def logged_step(
     windows: Windows, model: Transformer, state: PyTree, optim: Optimizer
 ) -> tuple[Transformer, PyTree, Float[Array, ""], Telemetry]:
-    """The same step, and what the log shows of it."""
+    """The same step, and what the log shows about it."""
     new_model, state, loss, (grads, updates) = one_step(windows, model, state, optim)
     numbers: Telemetry = {}
     if isinstance(optim, eqx_ademamix.AdEMAMix):
@@ -184,7 +184,7 @@ class Run:
         self.settings = {**config.settings, "text": text.fingerprint}
         del self.settings["steps"]
         self.name: str = config.optimizer
-        self.newest: Path | None = None  # the newest checkpoint that is whole
+        self.newest: Path | None = None  # the newest complete checkpoint
         key = jax.random.key(config.seed)
         self.model = Transformer(
             config.width, config.depth, config.heads, config.context, key=key
@@ -193,10 +193,10 @@ class Run:
         self.state = eqx_ademamix.init(self.optim, self.model)
         self.train_losses: list[float | Array] = []  # one per step
         self.validation_losses: list[tuple[int, float]] = []  # (step, loss) pairs
-        self.log: Log | None = None  # while it trains, and afterwards
+        self.log: Log | None = None  # while it trains, and afterward
 
     def review(self) -> None:
-        """Prints what an expert would say of AdEMAMix. Usually that is nothing."""
+        """Prints what an expert would say about AdEMAMix. Usually, that is nothing."""
         if self.config.optimizer == "adamw":
             return
         members = [clip, self.optim]
@@ -204,8 +204,8 @@ class Run:
             print(sentence, file=sys.stderr)
 
     def tree(self, steps: int) -> dict[str, Any]:
-        """What a checkpoint holds of a run with a number of steps. `load` compares the
-        settings, and loads the rest."""
+        """What a checkpoint holds for a run with a number of steps. `load` compares the
+        settings and loads the rest."""
         self.train_losses = [float(loss) for loss in self.train_losses]
         train_losses = enumerate(self.train_losses, start=1)
         is_ours = isinstance(self.optim, eqx_ademamix.AdEMAMix)
@@ -220,12 +220,12 @@ class Run:
         }
 
     def checkpoints(self) -> list[Path]:
-        """The files of this run and of those that it replaces, the newest first."""
+        """The files of this run and of those that it replaces, newest first."""
         pattern = f"{self.name}-*-of-*.safetensors"
         return sorted(self.config.out.glob(pattern), reverse=True)
 
     def save(self) -> None:
-        """Saves a checkpoint, and keeps the one before it."""
+        """Saves a checkpoint and keeps the one before it."""
         step = len(self.train_losses)
         steps = self.config.steps
         path = self.config.out / f"{self.name}-{step:08}-of-{steps:08}.safetensors"
@@ -236,7 +236,7 @@ class Run:
         self.newest = path
 
     def resume(self) -> None:
-        """Continues from the newest checkpoint that is whole."""
+        """Continues from the newest complete checkpoint."""
         paths = self.checkpoints()
         if not paths:
             pattern = self.config.out / f"{self.name}-*.safetensors"
@@ -249,7 +249,7 @@ class Run:
             self.change_length(self.newest)
 
     def load_newest(self, paths: list[Path]) -> tuple[Path, dict[str, Any]]:
-        """Loads the first file that is whole."""
+        """Loads the first complete file."""
         errors: list[CheckpointError] = []
         for path in paths:
             try:
@@ -263,7 +263,7 @@ class Run:
         raise errors[0]
 
     def load(self, path: Path) -> dict[str, Any]:
-        """Loads a checkpoint, and the optimizer as it was then."""
+        """Loads a checkpoint and the optimizer as it was then."""
         steps = planned_steps(path)
         tree = eqx_ademamix.load(path, self.tree(steps))
         planned = dataclasses.replace(self.config, steps=steps)
@@ -274,7 +274,8 @@ class Run:
         return eqx_ademamix.load(path, tree, optim=self.optim)
 
     def change_length(self, checkpoint: Path) -> None:
-        """Lets the run that wrote a checkpoint end after another number of steps."""
+        """Makes the run that wrote a checkpoint end after a different number of
+        steps."""
         planned, steps = planned_steps(checkpoint), self.config.steps
         done = len(self.train_losses)
         if steps <= done:

@@ -41,7 +41,7 @@ class Config(TextConfig):
     """What is split over the devices: the parameters and the optimizer state with
     `fsdp`, only the optimizer state with `zero1`."""
     compact: bool = False
-    """Use four bytes of state per parameter instead of twelve. (Arrays of fewer than
+    """Use four bytes of state per parameter instead of twelve. (Arrays with fewer than
     4096 entries keep twelve.)"""
 
     devices: int | None = None
@@ -78,7 +78,7 @@ class Config(TextConfig):
 
     @property
     def job(self) -> JobConfig:
-        """These options as those of `train_language_model.py`."""
+        """These options, converted to those of `train_language_model.py`."""
         names = {field.name for field in dataclasses.fields(JobConfig)}
         options = dataclasses.asdict(self).items()
         return JobConfig(**{name: value for name, value in options if name in names})
@@ -92,14 +92,14 @@ class Config(TextConfig):
 def start_jax(config: Config) -> None:
     """Chooses the devices and connects the processes.
 
-    JAX looks for devices when it is first used, so this function must run before.
+    JAX looks for devices when it is first used, so this function must run first.
     """
     if config.devices is not None:
         flag = f"--xla_force_host_platform_device_count={config.devices}"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
         jax.config.update("jax_platforms", "cpu")
     if config.cluster or config.coordinator is not None:
-        # Old versions of JAX have no default for what connects CPUs.
+        # Old versions of JAX have no default for how CPUs communicate.
         gloo = os.environ.get("JAX_CPU_COLLECTIVES_IMPLEMENTATION", "gloo")
         jax.config.update("jax_cpu_collectives_implementation", gloo)
         jax.distributed.initialize(
@@ -136,7 +136,7 @@ def check_agreement(config: Config, text: Text, mesh: Mesh) -> None:
     """Every process must have the same options and the same text.
 
     In the first exchange, a process on a CPU waits only 30 seconds for the others, so
-    this one comes before the programs that take long to compile.
+    this exchange comes before the programs that take long to compile.
     """
     options = {**config.job.settings, "shard": config.shard, "compact": config.compact}
     number = zlib.crc32(f"{options} {text.fingerprint}".encode()) >> 1
@@ -146,7 +146,7 @@ def check_agreement(config: Config, text: Text, mesh: Mesh) -> None:
 
 
 #
-# What is where
+# What goes where
 #
 
 
@@ -163,7 +163,7 @@ def place(tree: PyTree, shardings: PyTree) -> PyTree:
 
 
 def make_model(config: JobConfig, shard: str, mesh: Mesh) -> tuple[Transformer, PyTree]:
-    """Makes every weight on the devices that keep it. Returns the shardings, too."""
+    """Makes every weight on the devices that keep it. Also returns the shardings."""
 
     def make() -> Transformer:
         key = jax.random.key(config.seed)
@@ -183,10 +183,10 @@ def make_model(config: JobConfig, shard: str, mesh: Mesh) -> tuple[Transformer, 
 def make_state(
     optim: eqx_ademamix.AdEMAMix, model: Transformer, mesh: Mesh
 ) -> tuple[PyTree, PyTree]:
-    """Makes every moment on the devices that keep it. Returns the shardings, too.
+    """Makes every moment on the devices that keep it. Also returns the shardings.
 
-    A parameter that is split has a state like itself. The state of one that is on all
-    devices is split.
+    The state of a split parameter is split the same way. The state of a parameter that
+    is on all devices is split.
     """
     shardings = eqx_ademamix.state_sharding(optim, model, mesh, axis="data")
     make = lambda model: place(eqx_ademamix.init(optim, model), shardings)
@@ -217,7 +217,7 @@ def bytes_on_a_device(tree: PyTree) -> int:
 def make_train_step(
     optim: eqx_ademamix.AdEMAMix, shardings: tuple[PyTree, PyTree]
 ) -> Callable[..., Any]:
-    """The main job's step, with results that are sharded as the arguments are."""
+    """The main job's step, with results that are sharded like the arguments."""
 
     @eqx.filter_jit(donate="all-except-first")
     def train_step(windows: Any, model: Transformer, state: PyTree):

@@ -1,4 +1,4 @@
-"""Tracing, lowering and compiling a step."""
+"""Tracing, lowering, and compiling a step."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""A step outside of `jit`."""
+"""A step outside `jit`."""
 
 from typing import Any
 

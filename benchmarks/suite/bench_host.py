@@ -7,7 +7,7 @@ from .host_runs import runs_of
 from .measure import sampler_of
 
 
-CALLS = 64  # in a measurement; the host runs ahead of the device meanwhile
+CALLS = 64  # in a measurement; meanwhile, the host runs ahead of the device
 
 
 def bench_host(case: HostCase, in_turn: Any) -> None:

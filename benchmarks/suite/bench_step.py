@@ -1,4 +1,4 @@
-"""A compiled step, and the bytes that it takes."""
+"""A compiled step and its memory in bytes."""
 
 from typing import Any
 
@@ -12,8 +12,8 @@ from .sides import SIDES, JaxRun
 from .trees import Tree, normal_tree
 
 
-LEAST_SECONDS = 5e-3  # of a measurement, so that the timer and the call don't count
-# A side has its parameters, gradients and moments; the in-place scale has 4.5 words.
+LEAST_SECONDS = 5e-3  # of a measurement, so that the timer and the call are negligible
+# A side has its parameters, gradients, and moments; the in-place scale has 4.5 words.
 BYTES_PER_PARAMETER = 20
 
 

@@ -1,4 +1,4 @@
-"""What the machine can do at best, measured beside the optimizers."""
+"""The best that the machine can do, measured alongside the optimizers."""
 
 import ctypes
 import functools as ft
@@ -20,7 +20,7 @@ WORDS = 9  # p, g, m1, m2, nu are read, and p, m1, m2, nu are written
 
 
 class InPlaceScale:
-    """`x * c` in place, on an array so long that nine words per parameter are moved.
+    """`x * c` in place, on an array long enough to move nine words per parameter.
 
     Each entry is read and written once, so the array has 9/2 entries per parameter.
     """

@@ -1,7 +1,7 @@
 """What the suite measures. Edit this file to measure something else.
 
 The cases run in this order, and none starts after the time budget is used up. So the
-cases that matter most come first.
+most important cases come first.
 """
 
 from typing import NamedTuple
@@ -27,7 +27,7 @@ BOUNDS = (IN_PLACE, C_LOOP)
 ALL = (BASELINE, *OURS, *PEERS, *BOUNDS)
 MAIN = (BASELINE, FLOAT32, COMPACT, ADAMW, *BOUNDS)
 COMPILED = (BASELINE, FLOAT32, COMPACT, NO_M1)
-# With 512 leaves, a codec compiles for a minute, and `Compensated` for longer.
+# With 512 leaves, a codec takes a minute to compile, and `Compensated` takes longer.
 SLOW_TO_COMPILE = (HALF, COMPENSATED)
 
 
@@ -51,7 +51,7 @@ MANY_LEAVES = without(FAST, SLOW_TO_COMPILE)
 
 
 class StepCase(NamedTuple):
-    """A compiled step of so many parameters, in leaves of one shape."""
+    """A compiled step of a number of parameters, in leaves of one shape."""
 
     parameters: int
     leaves: int
@@ -59,7 +59,7 @@ class StepCase(NamedTuple):
 
 
 class CompileCase(NamedTuple):
-    """Tracing, lowering and compiling a step, in so many rounds."""
+    """Tracing, lowering, and compiling a step, in a number of rounds."""
 
     leaves: int
     rounds: int
@@ -74,7 +74,7 @@ class HostCase(NamedTuple):
 
 
 class EagerCase(NamedTuple):
-    """A step outside of `jit`."""
+    """A step outside `jit`."""
 
     leaves: int
     sides: tuple[str, ...] = (BASELINE, FLOAT32, COMPACT)
@@ -88,7 +88,7 @@ class Plan(NamedTuple):
     compile: tuple[CompileCase, ...]
     eager: tuple[EagerCase, ...]
     seconds: float
-    """How long the rounds of one case may take, beyond the least number of rounds."""
+    """How long the rounds of one case may take, beyond the minimum number of rounds."""
     least_rounds: int
     most_rounds: int
 
@@ -112,7 +112,7 @@ FULL = Plan(
         HostCase(4),
         HostCase(48),
         HostCase(200, LOOPS[:-1]),
-    ),  # packing 200 leaves compiles for 40 s
+    ),  # packing 200 leaves takes 40 s to compile
     compile=(
         CompileCase(16, 5),
         CompileCase(64, 2),

@@ -49,7 +49,7 @@ def pytest_benchmark_generate_machine_info(config: Any) -> dict[str, str]:
 
 
 def pytest_benchmark_generate_commit_info(config: Any) -> dict[str, str]:
-    return {}  # the commit to which a result belongs is the one that adds it
+    return {}  # a result belongs to the commit that adds it
 
 
 def pytest_benchmark_update_json(
@@ -61,7 +61,7 @@ def pytest_benchmark_update_json(
 
 @pytest.fixture
 def leave_out(request: pytest.FixtureRequest) -> Callable[[str], None]:
-    """Ends a case without a result, and tells the report why. A machine with less
+    """Ends a case without a result and gives the report the reason. A machine with less
     memory or a smaller time budget measures fewer cases. The page lists those left out,
     with the reasons. (These are not tests: nothing goes unchecked.)"""
 
@@ -85,8 +85,8 @@ def within_budget(
 def in_turn(request: pytest.FixtureRequest, benchmark: Any, case: Any) -> Any:
     """A function that measures the samplers of all sides in turn, round by round.
 
-    pytest-benchmark calls for the rounds and measures each as a whole. What each side
-    took, and its ratio to the baseline in the same round, is in `extra_info`.
+    pytest-benchmark starts the rounds and measures each as a whole. The time of each
+    side and its ratio to the baseline in the same round are in `extra_info`.
     """
     plan = plan_of(request.config)
 

@@ -15,11 +15,11 @@ from .sides import SIDES, Side
 
 
 STEPS_PER_CALL = 8
-PACK_BELOW = 100  # above the 64 entries of the largest leaf: all are packed
+PACK_BELOW = 100  # above the 64 entries of the largest leaf, so all are packed
 
 
 class Net(eqx.Module):
-    """As many leaves as a test asks for, of eight by eight and eight entries."""
+    """A given number of leaves, with eight by eight and eight entries."""
 
     layers: list[eqx.nn.Linear]
 
@@ -56,13 +56,14 @@ class Loop:
         self._count = 0
 
     def __call__(self) -> None:
-        """One step. If a call makes several, only the first of them calls."""
+        """One step. If a call takes several steps, only the first of them makes the
+        call."""
         if self._count % self._every == 0:
             self._carry = self._step(self._carry)
         self._count += 1
 
     def arrays(self) -> list[jax.Array]:
-        """The arrays of the model and the state, those of the model first."""
+        """The arrays of the model and the state, the model's first."""
         leaves = jax.tree.leaves(self._unpack(self._carry))
         return [x for x in leaves if eqx.is_array(x)]
 
@@ -103,7 +104,7 @@ def by_hand(side: Side, net: Net, scale: jax.Array) -> Loop:
 
 
 def by_hand_with_argument(net: Net, scale: jax.Array) -> Loop:
-    """The loop of the README: the optimizer is an argument, and the model is whole."""
+    """The README's loop: the optimizer is an argument, and the model is whole."""
     optim: Any = eqx_ademamix.AdEMAMix(1e-3, b3=0.9999, alpha=5.0, weight_decay=0.1)
 
     @eqx.filter_jit(donate="all-except-first")

@@ -1,4 +1,4 @@
-"""Measures several sides in turn, and what follows from their times."""
+"""Measures several sides in turn, and derives results from their times."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +28,7 @@ class Absent(Exception):
 class InTurn:
     """Measures every side once per call, in an order that reverses from call to call.
 
-    A side that leaves the caches full or the processor hot then does not always burden
+    So a side that leaves the caches full or the processor hot does not always affect
     the same neighbor.
     """
 
@@ -56,17 +56,17 @@ def sampler_of(run: Run, calls: int, quantity: str = "step") -> Sampler:
 
 
 def rounds_that_fit(each: float, seconds: float, least: int, most: int) -> int:
-    """How many rounds of `each` seconds fit, between `least` and `most`."""
+    """The number of rounds of `each` seconds that fit, between `least` and `most`."""
     return min(max(int(seconds / each), least), most)
 
 
 def calls_that_take(seconds: float, each: float) -> int:
-    """How many calls of `each` seconds are long enough for the timer."""
+    """The number of calls of `each` seconds that is long enough for the timer."""
     return max(1, round(seconds / each))
 
 
 #
-# What follows
+# Derived results
 #
 
 
@@ -77,7 +77,8 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def ratios(values: Sequence[float], baseline: Sequence[float]) -> list[float]:
-    """The ratio in each round. Both numbers of a round have seen the same machine."""
+    """The ratio in each round. Both numbers in a round come from the same state of the
+    machine."""
     return [x / y for x, y in zip(values, baseline, strict=True)]
 
 

@@ -113,7 +113,8 @@ def glance(results: Results) -> str:
 
 
 def largest(found: Sequence[Case]) -> list[Case]:
-    """For each number of leaves, the case with most sides of ours, then parameters."""
+    """For each number of leaves, the case with the most sides of ours, then
+    parameters."""
     counts = sorted({leaves_of(case) for case in found})
     return [
         max((x for x in found if leaves_of(x) == count), key=rank) for count in counts

@@ -43,7 +43,7 @@ RATIOS: dict[float, tuple[float, ...]] = {
     100: (0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10, 15, 20),
     math.inf: (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100),
 }
-# With small leaves, the bounds are far below optax. The tables have those numbers.
+# With small leaves, the bounds are far below optax. The tables give those numbers.
 STEP_LIMITS = 0.2, 12.0
 TIMES: dict[float, tuple[float, ...]] = {
     10: tuple(x * 10.0**k for k in range(-7, 4) for x in (1, 1.5, 2, 3, 5, 7)),
@@ -52,7 +52,7 @@ TIMES: dict[float, tuple[float, ...]] = {
 
 
 def draw(results: Results, folder: Path) -> None:
-    """Draws what there are results for."""
+    """Draws everything that has results."""
     for kind, plot in (("step", steps), ("host", hosts), ("compile", compiles)):
         if found := cases_of(results, kind):
             save(plot(found), folder / f"benchmarks_{kind}.png")
@@ -85,7 +85,7 @@ def compiles(found: Sequence[Case]) -> Figure:
 
 
 def beside(found: Sequence[Case], quantity: str, title: str) -> Figure:
-    """The ratios over the number of leaves, and next to them the times."""
+    """The ratios by number of leaves, and the times next to them."""
     figure, (left, right) = panels(2, width=11.0, height=4.4)
     for side in sides_of(found):
         counts, times = series(found, side, quantity)
@@ -153,7 +153,7 @@ def show_ticks(
 
 
 def legend_below(figure: Figure, axes: Sequence[Axes]) -> None:
-    """One legend for all panels, outside of the data."""
+    """One legend for all panels, outside the data."""
     found = {
         label: handle
         for ax in axes

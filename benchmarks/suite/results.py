@@ -1,4 +1,4 @@
-"""Results: what is stored of a run, and how to look things up in it."""
+"""Results: what is stored about a run, and how to look things up in it."""
 
 import json
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ def from_pytest_benchmark(found: dict[str, Any]) -> Results:
 
 
 def _rounded(value: Any) -> Any:
-    """Five digits: more would only be noise in the differences between two commits."""
+    """Five digits: more would only add noise to the diff between two commits."""
     if isinstance(value, dict):
         return {key: _rounded(x) for key, x in value.items()}
     return float(f"{value:.5g}") if isinstance(value, float) else value

@@ -22,7 +22,7 @@ SETTINGS: dict[str, Any] = dict(b3=0.9999, alpha=5.0, weight_decay=WEIGHT_DECAY)
 
 
 class Side(NamedTuple):
-    """An optimizer: its state, and a step with parameters, state and gradients."""
+    """An optimizer: its state, and a step with parameters, state, and gradients."""
 
     init: Callable[[Any], Any]
     step: Callable[[Any, Any, Any], Any]
@@ -83,7 +83,7 @@ class Built(NamedTuple):
 
 
 def build(step: Callable[..., Any], *args: Any) -> Built:
-    """Traces, lowers and compiles."""
+    """Traces, lowers, and compiles."""
     jitted: Any = jax.jit(step, donate_argnums=(0, 1))
     times = [time.perf_counter()]
     # Before JAX 0.4.33, `lower` traces.

@@ -31,13 +31,14 @@ def _unit(x: float) -> tuple[float, str]:
 
 
 def _three_digits(x: float) -> str:
-    """Without an exponent. A number above 1000 keeps all digits before the point."""
+    """Without an exponent. A number above 1000 keeps all digits before the decimal
+    point."""
     before = len(str(int(x)))
     return f"{x:,.{max(3 - before, 0)}f}"
 
 
 def factor(x: float) -> str:
-    """Two digits after the point, or two that are not zero."""
+    """Two digits after the decimal point, or two nonzero digits."""
     return f"{x:.2f}" if x >= 0.1 else f"{x:.2g}"
 
 

@@ -1,4 +1,4 @@
-"""Parameters, and how many bytes a step moves."""
+"""Parameters, and the number of bytes that a step moves."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ def shape_of_leaf(parameters: int, leaves: int) -> tuple[int, int]:
 
 
 def normal_tree(parameters: int, leaves: int, dtype: Any) -> Tree:
-    """Leaves of one shape, as the layers of a transformer have."""
+    """Leaves of one shape, like the layers of a transformer."""
     shape = shape_of_leaf(parameters, leaves)
     keys = jax.random.split(jax.random.key(0), leaves)
     draw = jax.jit(lambda key: jax.random.normal(key, shape).astype(dtype))

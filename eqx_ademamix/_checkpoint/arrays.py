@@ -1,4 +1,4 @@
-"""Arrays: what is stored of them, and how they come back."""
+"""Arrays: how they are stored, and how they are restored."""
 
 from collections.abc import Hashable
 from typing import Any, NamedTuple, TypeAlias
@@ -41,11 +41,11 @@ def is_key(x: ArrayLike) -> bool:
 
 
 def is_storable(x: ArrayLike) -> bool:
-    """Whether it holds numbers, booleans or PRNG keys, as JAX's arrays do. A long
-    double has other bits on other machines."""
+    """Whether it holds numbers, booleans, or PRNG keys, as JAX arrays do. A long double
+    has different bits on different machines."""
     if is_key(x):
         return True
-    is_added = x.dtype.isbuiltin == 2  # such as bfloat16, which NumPy does not know
+    is_added = x.dtype.isbuiltin == 2  # such as bfloat16, which is not built into NumPy
     return is_added or (x.dtype.kind in "biufc" and x.dtype.char not in "gG")
 
 
@@ -60,8 +60,8 @@ def is_enabled(x: ArrayLike) -> bool:
 
 
 def _raw_dtype(dtype: DType) -> DType:
-    """How a dtype is stored: if not as itself then as unsigned integers with the same
-    bits, and complex numbers as pairs of floats on a new last axis."""
+    """How a dtype is stored: as itself or as unsigned integers with the same bits, and
+    complex numbers as pairs of floats on a new last axis."""
     if dtype.kind == "c":
         return np.dtype(f"f{dtype.itemsize // 2}")
     return dtype if dtype.name in DTYPES else np.dtype(f"u{dtype.itemsize}")
@@ -89,7 +89,7 @@ def raw_type(like: ArrayLike) -> tuple[DType, tuple[int, ...]]:
 
 
 def from_raw(raw: Raw, like: ArrayLike) -> AnyArray:
-    """An array of the type of `like`, on its devices, in memory of its own."""
+    """An array of the type of `like`, on its devices, in its own memory."""
     if is_key(like):
         keys = jax.random.wrap_key_data(jax.device_put(raw), impl=_impl_of(like))
         return jax.block_until_ready(_placed(keys, like))
@@ -103,9 +103,9 @@ def from_raw(raw: Raw, like: ArrayLike) -> AnyArray:
 
 
 def _placed(x: Any, like: Any) -> Array:
-    """An array with the sharding of another one, which a jitted call may overwrite: JAX
-    can leave an array in NumPy's memory, and donating that has crashed some versions.
-    So it is copied."""
+    """An array with the sharding of another one, which a jitted call may overwrite. It
+    is copied, because JAX can leave an array in NumPy's memory, and donating that has
+    crashed some versions."""
     sharding = like.sharding
     if sharding is None or _may_move(like):
         return jax.device_put(x).copy()

@@ -1,4 +1,4 @@
-"""What a tree holds besides its numbers, and how a file says it."""
+"""What a tree holds besides its numbers, and how a file records it."""
 
 import json
 from typing import NamedTuple
@@ -36,7 +36,7 @@ class Contents(NamedTuple):
 
 
 def all_leaves(tree: PyTree) -> Leaves:
-    """The leaves of a tree as JAX sees them, also those inside of encoded moments."""
+    """The leaves of a tree as JAX sees them, including those inside encoded moments."""
     pairs, treedef = jtu.tree_flatten_with_path(tree)
     return Leaves([path for path, _ in pairs], [x for _, x in pairs], treedef)
 
@@ -94,7 +94,7 @@ _VERSIONS = {
 
 
 def step_of(tree: PyTree) -> int | None:
-    """The step that the only state in a tree has come to."""
+    """The step that the only state in a tree has reached."""
     counts = [state.count for state in states_in(tree, is_moment_state)]
     is_one = len(counts) == 1 and np.shape(counts[0]) == ()
     return int(jax.device_get(counts[0])) if is_one else None

@@ -21,16 +21,14 @@ _SPECS = ("weight_decay_mask", "trainable", "learning_rate_scale")
 
 
 def fields_of(optim: object) -> dict[str, str]:
-    """A text for each field of an optimizer and of what is inside of it, by path. Two
-    processes that build the same optimizer get the same texts, so no text has an
-    address."""
+    """A text for each field of an optimizer and of its contents, by path. Two processes
+    that build the same optimizer get the same texts, so no text contains an address."""
     return {path: _text(node) for path, node in _nodes("", optim, ())}
 
 
 def left_at_default(optim: object) -> set[str]:
-    """The paths of the fields that are as their class makes them by default. A file
-    that is older than such a field does not mention it, and was saved without its
-    effect."""
+    """The paths of the fields that have their class's defaults. A file that is older
+    than such a field does not mention it, and was saved without its effect."""
     return {
         f"{path}.{name}{rest}"
         for path, node in _nodes("", optim, ())
@@ -50,7 +48,7 @@ def _defaults(cls: type) -> dict[str, object]:
 
 
 def _same_fields(value: Node, default: Node) -> dict[str, str]:
-    """The fields of a value, if they are those of a default."""
+    """The fields of a value, if they equal those of a default."""
     fields = fields_of(value)
     return fields if fields == fields_of(default) else {}
 
@@ -92,10 +90,10 @@ def _array_text(x: Any) -> str:
 
 
 def _parts(node: Node) -> list[tuple[str, Node]]:
-    """What is inside of a node, with the rest of the path to it."""
+    """The contents of a node, with the rest of the path to each."""
     if isinstance(node, type) or is_array(node):
         return []
-    if isinstance(node, ft.partial):  # also the one that is a tree
+    if isinstance(node, ft.partial):  # including the one that is a tree
         return [
             (".func", node.func),
             (".args", node.args),

@@ -1,4 +1,4 @@
-"""The file: written whole or not at all, and refused if a single bit of it is wrong."""
+"""The file: written whole or not at all, and rejected if a single bit is wrong."""
 
 import contextlib
 import importlib
@@ -25,7 +25,7 @@ except ImportError:  # on Windows
 
 
 FORMAT = "eqx_ademamix"
-# Increase it by one when an older reader could misread a newer file. The checksum of
+# Increase this by one when an older reader could misread a newer file. The checksum of
 # the header must stay the same in all versions.
 FORMAT_VERSION = 1
 
@@ -59,7 +59,7 @@ def _safetensors() -> Any:
 
 Raw: TypeAlias = np.ndarray
 
-# What the NumPy side of safetensors reads in every version, with the names there.
+# The dtypes that the NumPy side of safetensors reads in every version, with its names.
 DTYPES = {
     "bool": "BOOL",
     **{f"int{bits}": f"I{bits}" for bits in (8, 16, 32, 64)},
@@ -70,7 +70,7 @@ DTYPES = {
 
 
 class Tensor(NamedTuple):
-    """A tensor, which is read when it is written."""
+    """A tensor whose data is read only when it is written."""
 
     name: str
     dtype: DType
@@ -130,7 +130,7 @@ def write(
     tensors: Sequence[Tensor],
     metadata: Callable[[dict[str, str]], dict[str, str]],
 ) -> None:
-    """Writes a file in place of an older one, which stays as it is if this fails.
+    """Replaces an older file, which stays as it is if this fails.
 
     The tensors are read one by one. `metadata` gets their checksums by name. The size
     of what it returns must not depend on them, since the header comes first in the
@@ -193,13 +193,14 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-# A writer that is killed leaves its temporary file behind. A living writer holds a lock
-# on its file, so the next writer knows which files it may remove.
+# A writer that is killed leaves its temporary file behind. A running writer holds a
+# lock on its file, so the next writer knows which files it may remove.
 
 
 @contextlib.contextmanager
 def _temporary(target: Path) -> Generator[IO[bytes], None, None]:
-    """A new file beside the target. At the end it is removed, unless it was renamed."""
+    """A new file next to the target. At the end, it is removed, unless it was
+    renamed."""
     _remove_abandoned(target)
     while True:
         name = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
@@ -217,8 +218,8 @@ def _temporary(target: Path) -> Generator[IO[bytes], None, None]:
 
 
 def _is_locked(file: IO[bytes]) -> bool:
-    """Locks a new file. Returns `False` if another writer has just taken the file for
-    an abandoned one. That cannot happen on a file system without locks."""
+    """Locks a new file. Returns `False` if another writer has just mistaken the file
+    for an abandoned one. That cannot happen on a file system without locks."""
     if fcntl is None:
         return True
     try:
@@ -247,7 +248,7 @@ def _remove_abandoned(target: Path) -> None:
 
 
 class Opened(NamedTuple):
-    """A file whose header is right."""
+    """A file with a valid header."""
 
     path: Path
     metadata: dict[str, str]

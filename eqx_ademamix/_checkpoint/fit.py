@@ -24,7 +24,7 @@ from .file import CheckpointError
 
 
 def check_names(name: str, leaves: Leaves) -> None:
-    """Each leaf needs a name of its own in the file."""
+    """Each leaf needs its own name in the file."""
     most = Counter(map(full_path_text, leaves.paths)).most_common(1)
     if most and most[0][1] > 1:
         raise ValueError(
@@ -70,7 +70,7 @@ def _check_savable(where: str, x: Node) -> None:
 
 
 def check_enabled(leaves: Leaves) -> None:
-    """Whether JAX can make the arrays of `like`."""
+    """Checks that JAX can make the arrays of `like`."""
     for path, x in zip(leaves.paths, leaves.values, strict=True):
         is_jax = isinstance(x, (jax.Array, jax.ShapeDtypeStruct))
         if is_jax and not is_enabled(x):
@@ -87,10 +87,9 @@ def check_enabled(leaves: Leaves) -> None:
 
 
 def check_fit(path: Path, found: Contents, like: Contents, moments: set[str]) -> None:
-    """Whether a file holds what `like` does. The checks are ordered so that
-    the cause is reported, not its effects: a changed setting, not the shapes that it
-    changes.
-    `moments` are the paths of all moments in `like`."""
+    """Checks that a file holds what `like` does. The checks are ordered so that the
+    cause is reported, not its effects: a changed setting, not the shapes that it
+    changes. `moments` are the paths of all moments in `like`."""
     _check_codecs(path, found, like)
     _check_scalars(path, found, like)
     _check_paths(path, found.words(), like.words())
@@ -156,7 +155,7 @@ def _only_in(
 def _check_dtypes(
     path: Path, found: Contents, like: Contents, moments: set[str]
 ) -> None:
-    """Whether moments of the same shapes are stored as the same dtypes."""
+    """Checks that moments of the same shapes are stored as the same dtypes."""
     for where, expected in like.arrays.items():
         array = found.arrays.get(where, expected)
         is_other = array.shape == expected.shape and array != expected

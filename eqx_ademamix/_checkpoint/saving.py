@@ -42,8 +42,8 @@ def save(path: str | os.PathLike[str], tree: PyTree, *, optim: object = None) ->
     [safetensors](https://huggingface.co/docs/safetensors). Needs the package
     safetensors: `pip install eqx_ademamix[checkpoint]`.
 
-    The file is written beside its final place, flushed to the disk, and then renamed.
-    So there is always a whole file under that name, the old one or the new one, even if
+    The file is written next to its final place, flushed to disk, and then renamed. So
+    there is always a complete file under that name, the old one or the new one, even if
     the process is killed.
 
     Each array is a tensor whose name is its path in the tree, such as
@@ -53,10 +53,10 @@ def save(path: str | os.PathLike[str], tree: PyTree, *, optim: object = None) ->
     **Arguments:**
 
     - `path`: the path of the file. Missing folders are created.
-    - `tree`: any tree, for example `(model, state, key)`. Arrays are saved: of JAX and
-        of NumPy, of numbers of every dtype that JAX has, of booleans, and of PRNG keys.
-        Python numbers and strings are saved too, but only compared when the file is
-        loaded. Everything else, such as functions and static fields, is not saved.
+    - `tree`: any tree, for example `(model, state, key)`. JAX and NumPy arrays are
+        saved: numbers of every dtype that JAX has, booleans, and PRNG keys. Python
+        numbers and strings are saved too, but only compared when the file is loaded.
+        Everything else, such as functions and static fields, is not saved.
     - `optim`: the optimizer, if [`eqx_ademamix.load`][] is to compare its
         hyperparameters. They are readable text in the file.
 
@@ -66,11 +66,11 @@ def save(path: str | os.PathLike[str], tree: PyTree, *, optim: object = None) ->
 
     **Raises:**
 
-    - `ValueError`: if `tree` has an array that is traced, that was donated, whose dtype
-        JAX does not have, or that is spread over several processes (use orbax for
-        that), or if two leaves have the same path.
+    - `ValueError`: if `tree` has an array that is traced, was donated, has a dtype that
+        JAX does not have, or is spread over several processes (use Orbax for that), or
+        if two leaves have the same path.
     - `OSError`: if the file cannot be written, for example because the disk is full. An
-        older file stays as it was, and no temporary file is left.
+        older file stays as it was, and no temporary file is left behind.
     - `ImportError`: if safetensors is not installed.
 
     !!! Example
@@ -120,26 +120,27 @@ def load(
 
     - `path`: the path of the file.
     - `like`: a tree like the one that was saved. Arrays may be `jax.ShapeDtypeStruct`s,
-        so `eqx.filter_eval_shape(make)` needs no memory. Its arrays say what to load,
-        and onto which devices: their shapes, dtypes, weak types and shardings. Its
-        Python numbers and strings must be those of the file. Everything else is taken
-        from `like`.
-    - `optim`: an optimizer whose hyperparameters must be those of the file.
-    - `strict`: whether other hyperparameters are an error. If `False`, they are a
+        so `eqx.filter_eval_shape(make)` needs no memory. Its arrays determine what to
+        load and onto which devices, by their shapes, dtypes, weak types, and shardings.
+        Its Python numbers and strings must equal those in the file. Everything else is
+        taken from `like`.
+    - `optim`: an optimizer whose hyperparameters must equal those in the file.
+    - `strict`: whether different hyperparameters are an error. If `False`, they are a
         warning.
 
     **Returns:**
 
-    A tree like `like`, with the arrays of the file, as arrays of NumPy where `like` has
-    those, otherwise of JAX. They are read one by one, so there is never a second copy
-    of the whole in memory. They are safe to donate.
+    A tree like `like`, with the arrays of the file: NumPy arrays where `like` has
+    those, otherwise JAX arrays. They are read one by one, so there is never a second
+    copy of the whole file in memory. They are safe to donate.
 
     **Raises:**
 
     - [`eqx_ademamix.CheckpointError`][]: if the file does not exist, is damaged, was
-        not written by `save` or by a newer version of it, or does not fit `like` or
-        `optim`. The message names the first path that differs and both values.
-    - `ValueError`: if `like` has arrays of 64 bits, but JAX has 64-bit types disabled.
+        not written by `save`, was written by a newer version of it, or does not fit
+        `like` or `optim`. The message names the first path that differs and both
+        values.
+    - `ValueError`: if `like` has 64-bit arrays, but JAX has 64-bit types disabled.
     - `ImportError`: if safetensors is not installed.
 
     !!! Example
@@ -167,7 +168,7 @@ def load(
     check_enabled(leaves)
     _check_optim(optim)
     expected = contents_of(like, leaves, optim)
-    # A file may hold NaNs, and what is copied is not computed.
+    # A file may hold NaNs, which are copied, not computed.
     with opened(file) as source, jax.debug_nans(False), jax.debug_infs(False):
         found, checksums = _described(source)
         check_fit(file, found, expected, moments_in(like))
@@ -198,8 +199,8 @@ def _check_optim(optim: object) -> None:
 
 
 def _described(source: Opened) -> tuple[Contents, dict[str, str]]:
-    """What the header says. It has the right checksum, so it is wrong only if somebody
-    has made it so."""
+    """What the header says. It has the right checksum, so it is wrong only if someone
+    has forged it."""
     try:
         found, checksums = from_metadata(source.metadata)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
@@ -240,7 +241,7 @@ def _other_hyperparams(
 
 
 def _is_same(text: str | None, other: str | None) -> bool:
-    """Also for 100 and 100.0: a call turns the one into the other in the length of
+    """Also true for 100 and 100.0: a call turns one into the other in the length of
     `optax.cosine_decay_schedule`."""
     try:
         return text == other or float(text or "") == float(other or "")

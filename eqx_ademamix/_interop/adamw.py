@@ -31,10 +31,10 @@ def from_adamw(
 ) -> Any:
     """Moves a run of `optax.adam` or `optax.adamw` to AdEMAMix.
 
-    `m1`, `nu` and `count` continue from their present values. `m2` and `count_m2` start
-    at 0, and with them the schedules of `b3` and `alpha`. With `alpha=0` the run
-    continues exactly as AdamW would have. If `b1` or `b2` of `optim` is a schedule, the
-    bias of `m1` or `nu` is corrected as if all steps had followed that schedule.
+    `m1`, `nu` and `count` continue from their current values. `m2` and `count_m2` start
+    at 0, and so do the schedules of `b3` and `alpha`. With `alpha=0`, the run continues
+    exactly as AdamW would have. If `b1` or `b2` of `optim` is a schedule, the bias of
+    `m1` or `nu` is corrected as if all steps had followed that schedule.
 
     **Arguments:**
 
@@ -50,8 +50,8 @@ def from_adamw(
 
     **Returns:**
 
-    The state of `optim`, in its own format: what `init` returns, with the moments of
-    Adam, and with these parts of `opt_state`. It shares no buffer with `opt_state`.
+    The state of `optim`, in its own format: what `init` returns, but with Adam's
+    moments and with these parts of `opt_state`. It shares no buffer with `opt_state`.
 
     - The counters of optax's schedules (in `optax.scale_by_schedule`,
         `optax.inject_hyperparams`, and the `gradient_step` of `optax.MultiSteps`).
@@ -65,7 +65,7 @@ def from_adamw(
 
     - `ValueError`: if `opt_state` has no Adam state or more than one, the state of
         another model, or illegal values (such as NaN, or a negative `nu`); if `optim`
-        does not contain exactly one `AdEMAMix`; or if it is ambiguous with which number
+        does not contain exactly one `AdEMAMix`; or if it is ambiguous from which number
         a schedule continues.
 
     !!! Example
@@ -107,7 +107,7 @@ def from_adamw(
 
 @no_type_check
 def to_adamw(state: AdEMAMixState) -> optax.ScaleByAdamState:
-    """Moves a run back to AdamW, and drops the slow average.
+    """Moves a run back to AdamW and drops the slow average.
 
     **Arguments:**
 
@@ -152,7 +152,7 @@ def _is_adam(x: Node) -> bool:
 
 def _zeros_sharded_as(x: Stored | None, own: Stored | None) -> Stored | None:
     """A moment of zeros with the sharding of another moment of the parameter, which may
-    differ from that of the parameter itself, and in the memory in which our own is."""
+    differ from that of the parameter itself, and in the same memory as our own."""
     if own is None or x is None:
         return None
     like = x.real[0] if isinstance(x, Encoded) else x

@@ -1,4 +1,4 @@
-"""Moments of another optimizer, stored as our own are."""
+"""Moments of another optimizer, stored like our own."""
 
 from types import ModuleType
 from typing import Any
@@ -37,8 +37,8 @@ def is_ours(x: Node) -> bool:
 def adopted(
     name: str, tree: PyTree, trained: PyTree, own: PyTree, *, is_real: bool = False
 ) -> PyTree:
-    """Copies of a tree of another optimizer's moments, stored as our `own` are.
-    `trained` is a tree of our moments that has one for every trained parameter."""
+    """Copies of a tree of another optimizer's moments, stored like our `own`. `trained`
+    is a tree of our moments that has one for every trained parameter."""
     like = flatten(trained)
     arrays = trained_arrays(True, flatten(tree))
     found = checked_leaves(
@@ -63,9 +63,8 @@ def adopted(
 def in_format(
     where: str, x: Array | np.ndarray, own: Stored, *, is_square: bool
 ) -> Stored:
-    """A copy of a moment, stored as our own of that parameter is, and in the memory in
-    which that is, once its values are known to be legal. `is_square` says that it is
-    `nu`."""
+    """A copy of a moment, stored like our own moment of that parameter and in the same
+    memory, once its values are known to be legal. `is_square` says that it is `nu`."""
     x = to_device(x)
     _check_values(where, x, own, is_square)
     x = jnp.asarray(x)
@@ -79,7 +78,7 @@ def _check_values(
     where: str, x: Array | np.ndarray, own: Stored, is_square: bool
 ) -> None:
     """Checks that no entry is NaN or infinite, and that those of `nu` are real and not
-    negative, as long as the values are known."""
+    negative, if the values are known."""
     if isinstance(x, Tracer):
         return
     dtype = compute_dtype(own.dtype)
@@ -96,10 +95,10 @@ _FLAWS = ("a NaN", "an infinite entry", "a negative entry", "a complex entry")
 
 
 def _flaws(x: Array | np.ndarray, dtype: DType, is_square: bool) -> list[str]:
-    if isinstance(x, np.ndarray):  # JAX may round float64 to float32 without a word
+    if isinstance(x, np.ndarray):  # JAX may silently round float64 to float32
         found = _flaw_flags(np, dtype, is_square, x)
     else:
-        # An array may be concrete inside of a traced function, too.
+        # An array may be concrete inside a traced function too.
         with jax.ensure_compile_time_eval():
             found = jax.device_get(_flaw_flags_on_device(jnp, dtype, is_square, x))
     return [flaw for flaw, flag in zip(_FLAWS, found, strict=True) if flag]
@@ -107,8 +106,8 @@ def _flaws(x: Array | np.ndarray, dtype: DType, is_square: bool) -> list[str]:
 
 def _flaw_flags(numpy: ModuleType, dtype: DType, is_square: bool, x: Any) -> list[Any]:
     """Whether a moment has each of the flaws, in the dtype of the arithmetic, where a
-    large number may be infinite. (The least and the greatest entry would not do: the
-    minimum and maximum of XLA may lose a NaN.)"""
+    large number may be infinite. (The smallest and largest entries would not be enough:
+    XLA's minimum and maximum may lose a NaN.)"""
     is_complex = jnp.iscomplexobj(x)
     with np.errstate(over="ignore"):
         x = x.astype(complex_dtype(dtype) if is_complex else dtype)
@@ -129,6 +128,6 @@ def copies(tree: PyTree) -> PyTree:
 
 
 def copied(x: AnyArray, dtype: DTypeLike | None = None) -> Array:
-    """A copy of an array (of NumPy, too) in a buffer of its own, so that either may be
+    """A copy of an array (JAX or NumPy) in its own buffer, so that either may be
     donated, with the same sharding, in device memory."""
     return jnp.array(to_device(x), dtype=dtype, copy=True)

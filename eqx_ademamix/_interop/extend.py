@@ -41,7 +41,7 @@ def extend(
 ) -> AdEMAMix:
     r"""Gives the warm-ups of $\alpha$ and $\beta_3$ a new length, without a jump.
 
-    The schedules of the returned optimizer continue from their present values, linear
+    The schedules of the returned optimizer continue from their current values, linear
     in $\alpha$ and in the half-life of $\beta_3$ as before, and reach the same final
     values when `state.count_m2` reaches the new length. Use it when a run turns out to
     be longer or shorter than planned.
@@ -53,12 +53,12 @@ def extend(
         constant does not change, and neither does a
         [`eqx_ademamix.log_time_beta_scheduler`][] or an
         [`eqx_ademamix.power_alpha_scheduler`][], which have no end.
-    - `state`: its state, with concrete counters: call this outside of `jit`.
+    - `state`: its state, with concrete counters: call this outside `jit`.
     - `warmup`: the new length, counted from the beginning of the slow average, as in
-        the schedules' own argument. The present values are computed in float64.
-    - `total_steps`: the new end of an [`eqx_ademamix.alpha_cooldown_scheduler`][]. An
-        `alpha` that is one needs it. The cool-down keeps its length and must not have
-        begun. The warm-up inside of it gets the new length.
+        the schedules' own argument. The current values are computed in float64.
+    - `total_steps`: the new end of an [`eqx_ademamix.alpha_cooldown_scheduler`][].
+        Required if `alpha` is one. The cool-down keeps its length and must not have
+        begun. The warm-up inside it gets the new length.
 
     **Returns:**
 
@@ -68,8 +68,8 @@ def extend(
     **Raises:**
 
     - `ValueError`: if there is no warm-up or an unknown schedule, if that many steps
-        have already been taken, if `total_steps` and a cool-down do not come together,
-        or if the counter is traced.
+        have already been taken, if there is `total_steps` without a cool-down or the
+        reverse, or if the counter is traced.
 
     !!! Example
 

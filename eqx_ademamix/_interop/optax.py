@@ -40,25 +40,25 @@ def from_optax(
     - `optim`: the optimizer that continues the run: one of this package, an
         [`eqx_ademamix.Compensated`][] or [`eqx_ademamix.Offloaded`][] around it, or an
         optax optimizer that contains exactly one [`eqx_ademamix.AdEMAMix`][]. (Inside
-        an optax optimizer, the decays cannot be read. So a `SimplifiedAdEMAMix` must
-        not be inside of one, nor an `AdEMAMix` with `bias_correct_m2` or with a
-        schedule for `b1` or `b2`.)
+        an optax optimizer, the decay rates cannot be read. So neither a
+        `SimplifiedAdEMAMix` nor an `AdEMAMix` with `bias_correct_m2` or with a schedule
+        for `b1` or `b2` may be inside one.)
     - `params`: the model.
 
     **Returns:**
 
     The state of `optim`, in its own format. It shares no buffer with `opt_state`. The
     counters of schedules in `opt_state` and the remainders of a `Compensated` continue
-    as in [`eqx_ademamix.from_adamw`][]. What optax does not keep, a `num`, an
-    `m1_weight`, an `m2_weight` or a `nu_weight`, is computed from `b1`, `b3` or `b2`
-    over all steps taken.
+    as in [`eqx_ademamix.from_adamw`][]. What optax does not keep (`num`, `m1_weight`,
+    `m2_weight`, or `nu_weight`) is computed from `b1`, `b3`, or `b2` over all steps
+    taken.
 
     **Raises:**
 
     - `ValueError`: if `opt_state` has no such state or more than one, the state of
         another model, or illegal values (such as NaN, or a negative `nu`); if `optim`
         does not contain exactly one optimizer of this package; or if it is ambiguous
-        with which number a schedule continues.
+        from which number a schedule continues.
 
     !!! Example
 
@@ -138,7 +138,7 @@ def to_optax(
     The state of `scale_by_ademamix` or `scale_by_simplified_ademamix` in
     `optax.contrib`, which is the first element of the state of the whole optimizer
     there. It shares no buffer with `state`. At `b1=0`, its `m1` is zero: we do not
-    store it, and the next step there does not read it.
+    store it, and optax's next step does not read it.
 
     !!! Example
 

@@ -45,7 +45,7 @@ T = TypeVar("T", bound=AbstractOptimizer[Any])
 
 
 class ScalingWarning(UserWarning):
-    """A run is outside of the range in which a published fit was made or checked. See
+    """A run is outside the range in which a published fit was made or checked. See
     [`eqx_ademamix.scale_to`][]."""
 
 
@@ -88,7 +88,7 @@ class _Row(NamedTuple):
     name: str
     before: HyperParamOrSchedule
     after: HyperParamOrSchedule
-    fit: _Fit | None  # `None` if it stays as it is
+    fit: _Fit | None  # `None` if it does not change
 
 
 #
@@ -201,51 +201,54 @@ def scale_to(optim: T, *, steps: float, batch_tokens: float, params: float) -> T
 
     - $\eta$ is that of Step Law (arXiv:2503.04715) for AdamW, whose batch is
         $0.58 \, D^{0.571}$. The root is the rule for other batches (Malladi et al.
-        2022, arXiv:2205.10287). The half is ours. Known to hold for $N$ from 1.1e8 to
-        1.3e9, $D$ from 4e9 to 1.01e11, and $B$ from 0.1 to 1.5 of that batch.
+        2022, arXiv:2205.10287). The factor of one half is ours. Known to hold for $N$
+        from 1.1e8 to 1.3e9, $D$ from 4e9 to 1.01e11, and $B$ from 0.1 to 1.5 of that
+        batch.
     - $\lambda$ is that of Power Lines (arXiv:2505.13738) for AdamW, for $N$ from 1.1e8
         to 3.3e9 and $D / N$ from 20 to 1280. With `decoupled_weight_decay=True`, it is
-        not divided by $\eta$. We know the exponent and the factor from second sources
-        only, so the confidence is low.
+        not divided by $\eta$. We know the exponent and the factor only from secondary
+        sources, so the confidence is low.
     - $\beta_3$ is between the values in Figure 17 of arXiv:2409.03137 and in section
         D.1 of arXiv:2509.01440, for $S$ from 32,000 to 770,000.
-    - $\alpha$ is that of the published model that is nearest in size: 8, 8 and 5 for
-        110 and 330 million and 1.3 billion (arXiv:2409.03137, Tables 2 to 4), 8 for 8
-        and 70 billion (arXiv:2509.14233). For $N$ from 1.1e8 to 7e10.
+    - $\alpha$ is that of the published model nearest in size: 8, 8, and 5 for 110 and
+        330 million and 1.3 billion (arXiv:2409.03137, Tables 2 to 4), 8 for 8 and 70
+        billion (arXiv:2509.14233). For $N$ from 1.1e8 to 7e10.
 
     There is no published fit of the learning rate for AdEMAMix. Half of that for AdamW
     is within 30% of five published values: those of 110 and 330 million and 1.3 billion
     parameters in arXiv:2409.03137, and of 124 and 720 million in arXiv:2509.01440. The
-    fits for AdamW disagree, too: that of DeepSeek (arXiv:2401.02954), which is
+    fits for AdamW also disagree: that of DeepSeek (arXiv:2401.02954), which is
     $0.3118 \, C^{-0.125}$ with the compute $C = 6 N D$, falls with $D$, and Step Law
-    rises. For a billion parameters and 50 billion tokens, they are 8.6e-4 and 1.3e-3.
-    So take the value as a beginning: what you have tuned yourself is better.
+    rises. For a billion parameters and 50 billion tokens, they give 8.6e-4 and 1.3e-3.
+    So treat the value as a starting point: a value that you have tuned yourself is
+    better.
 
-    All values are absolute: they do not depend on those of `optim`, except that what is
-    off stays off, a weight decay or an $\alpha$ of 0.
+    All values are absolute: they do not depend on those of `optim`, except that a
+    weight decay or an $\alpha$ of 0 stays 0.
 
     - The warm-ups of $\beta_3$ and $\alpha$ become as long as the run, as in the paper.
-      A number becomes a warm-up, from $\beta_1$ or 0. A cool-down of $\alpha$ keeps its
-      share of the run. Log-time schedules stay as they are, since they have no end.
+      A constant becomes a warm-up, from $\beta_1$ or 0. A cool-down of $\alpha$ keeps
+      its fraction of the run. Log-time schedules stay as they are, since they have no
+      end.
     - A schedule of the learning rate keeps its shape. Its peak becomes $\eta$, and its
-      length $S$. Its present length is that of the longest schedule in `optim`.
+      length $S$. Its current length is that of the longest schedule in `optim`.
     - Everything else stays as it is, and so do [`eqx_ademamix.Compensated`][] and
       [`eqx_ademamix.Offloaded`][] around the optimizer.
 
     **Arguments:**
 
-    - `optim`: an [`eqx_ademamix.AdEMAMix`][], alone or inside of our own wrappers. Its
-        hyperparameters must be concrete: call this outside of `jit`.
+    - `optim`: an [`eqx_ademamix.AdEMAMix`][], alone or inside our own wrappers. Its
+        hyperparameters must be concrete: call this outside `jit`.
     - `steps`: $S$, the number of steps of the new run, above 0.
     - `batch_tokens`: $B$, the number of tokens in each batch, above 0.
     - `params`: $N$, the number of parameters of the new model, above 0; in a
-        transformer, without those of the embeddings.
+        transformer, not counting the embeddings.
 
     **Returns:**
 
     A new optimizer for a new run. (For a run in progress, see
     [`eqx_ademamix.extend`][].) Its hyperparameters are Python numbers and schedules
-    with such numbers, also where `optim` had arrays.
+    with such numbers, even where `optim` had arrays.
 
     **Raises:**
 
@@ -255,8 +258,8 @@ def scale_to(optim: T, *, steps: float, batch_tokens: float, params: float) -> T
         for a learning rate that never rises above 0, or whose length is unknown; and if
         a hyperparameter is traced or batched.
 
-    It also emits an [`eqx_ademamix.ScalingWarning`][] if the run is outside of the
-    range of a fit. [`eqx_ademamix.scale_report`][] says the same in its table.
+    It also emits an [`eqx_ademamix.ScalingWarning`][] if the run is outside the range
+    of a fit. [`eqx_ademamix.scale_report`][] says the same in its table.
 
     !!! Example
 
@@ -300,11 +303,11 @@ def scale_report(
 
     **Returns:**
 
-    A table with a row for each of the four hyperparameters: its present value, its new
-    value, the source, and the confidence: high, medium or low, and why. Outside of the
+    A table with a row for each of the four hyperparameters: its current value, its new
+    value, the source, and the confidence: high, medium, or low, and why. Outside the
     range of a fit, it is low.
 
-    **Raises:** as [`eqx_ademamix.scale_to`][], without the warning.
+    **Raises:** as in [`eqx_ademamix.scale_to`][], without the warning.
 
     !!! Example
 
@@ -482,7 +485,7 @@ def _unknown(name: str, schedule: object) -> str:
 
 
 class _Stretched(eqx.Module):
-    """A schedule that takes another number of steps, times a factor."""
+    """A schedule that takes a different number of steps, times a factor."""
 
     schedule: Callable[..., Any]
     speed: float = eqx.field(static=True)
@@ -553,8 +556,8 @@ def _values(schedule: Callable[..., Any], steps: np.ndarray) -> np.ndarray:
 
 
 def _end(schedule: Callable[..., Any]) -> float:
-    """From which step on a learning rate is constant and below its peak. 0 if there is
-    no such step, or if it is only where the numbers become too small."""
+    """The step from which a learning rate is constant and below its peak. 0 if there is
+    no such step, or if it is constant only because the numbers become too small."""
     values = _values(schedule, _POWERS)
     last, changes = values[-1], np.flatnonzero(values != values[-1])
     if changes.size == 0 or changes[-1] == len(_POWERS) - 2:

@@ -48,13 +48,13 @@ def change_state_format(
     **Returns:**
 
     The same tree, with the moments stored as `optim` stores them, rounded to nearest,
-    in the memory in which it keeps them. Moments that are already stored like that are
-    copied bit by bit. Counters and all other parts of `state` keep their values. No
-    buffer is shared with `state`. If `optim` has `b1=0` and so needs no `m1`, that is
+    in the memory where it keeps them. Moments that are already stored that way are
+    copied bit for bit. Counters and all other parts of `state` keep their values. No
+    buffer is shared with `state`. If `optim` has `b1=0` and so needs no `m1`, it is
     dropped. If only one of the two has `bias_correct_m2`, then `m2_weight` is dropped,
-    or computed from the `b3` of `optim` over all steps taken. So are `m1_weight` and
-    `nu_weight` if `b1` or `b2` is a schedule in only one of the two. If only one of
-    them has `skip_nonfinite`, then `skipped` is dropped, or starts at 0.
+    or computed from the `b3` of `optim` over all steps taken. The same holds for
+    `m1_weight` and `nu_weight` if `b1` or `b2` is a schedule in only one of the two. If
+    only one of them has `skip_nonfinite`, then `skipped` is dropped, or starts at 0.
 
     **Raises:**
 
@@ -95,7 +95,7 @@ def change_state_format(
 def _new_weights(
     own: AbstractMomentState[Any], old: AbstractMomentState[Any], optim: object
 ) -> dict[str, Any]:
-    """Those sums of weights that only one of the two states keeps."""
+    """The sums of weights that only one of the two states keeps."""
     counts = {"m2_weight": getattr(old, "count_m2", old.count)}
     return {
         name: weight_after(own, optim, name, counts.get(name, old.count))
@@ -109,8 +109,8 @@ def _in_format_of(
     old: AbstractMomentState[Any],
     scalars: dict[str, Any],
 ) -> AbstractMomentState[Any]:
-    """A copy of an old state, with its moments stored as those of our `own` are, and
-    with these scalars."""
+    """A copy of an old state, with its moments stored like those of our `own`, and with
+    these scalars."""
     _check_m1(own, old)
     arrays, moments = decoded(old), {}
     for name in [name for name in own.names if name is not None]:
@@ -148,7 +148,7 @@ def _check_m1(own: AbstractMomentState[Any], old: AbstractMomentState[Any]) -> N
 
 
 def _same_where_alike(old: PyTree, new: PyTree) -> PyTree:
-    """Copies of the old moments wherever they have the new format already: if codes
+    """Copies of the old moments wherever they already have the new format: if codes
     were decoded and encoded again, they could change."""
     before: dict[Path, Any] = dict(leaves_with_path(old))
     leaves = flatten(new)

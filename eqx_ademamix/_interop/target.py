@@ -20,7 +20,7 @@ from .adopt import copied, copies
 
 
 def blank_state(optim: object, params: PyTree, cls: type) -> tuple[PyTree, Any]:
-    """The state with which an optimizer starts, and our own state inside of it."""
+    """The initial state of an optimizer, and our own state inside it."""
     tree = init(cast(OptaxOptimizer, optim), params)  # which checks it
     found = states_in(tree, lambda x: isinstance(x, cls))
     if len(found) != 1:
@@ -51,7 +51,7 @@ def continued(
 
 def _beside(x: Node, like: Node) -> Node:
     """An array of the old state with the sharding that `init` gives it, unless it is
-    split over devices already."""
+    already split over devices."""
     if not isinstance(x, jax.Array) or not isinstance(like, jax.Array):
         return x
     is_split = not isinstance(x, Tracer) and not x.sharding.is_fully_replicated
@@ -65,8 +65,8 @@ def _beside(x: Node, like: Node) -> Node:
 # The values of counters that a state contains, in order.
 _Counters: TypeAlias = dict[str, list[Any]]
 
-# The classes of optax whose states count the steps of a schedule, with the field. They
-# are recognized by name, since optax does not export all of them.
+# The optax classes whose states count the steps of a schedule, with the field. They are
+# recognized by name, since optax does not export all of them.
 _FIELDS = {
     "ScaleByScheduleState": "count",
     "InjectHyperparamsState": "count",
@@ -112,8 +112,8 @@ def _with_counters(
 
 
 def _kind(node: Node, key: object) -> str:
-    """What the counter of a state is called, empty if it has none. `key` is the key of
-    the state in a dict."""
+    """The name of a state's counter, empty if it has none. `key` is the key of the
+    state in a dict."""
     name = type(node).__name__
     if name not in _FIELDS:
         return ""
@@ -127,7 +127,7 @@ def _kind(node: Node, key: object) -> str:
 def _values(
     kind: str, old: list[Any], number: int, ours: AbstractMomentState[Any]
 ) -> list[Any]:
-    """The values with which counters of one kind continue. Where the old state has
+    """The values from which counters of one kind continue. Where the old state has
     none, it is as if our optimizer had had the schedules from the beginning."""
     for value in old:
         check_alive(f"opt_state: {kind}", value)
@@ -164,8 +164,8 @@ def _shown(value: object) -> str:
 
 
 def _with_remainders(tree: PyTree, opt_state: PyTree) -> PyTree:
-    """The remainders of the old state, if they are of the new one's type: with them the
-    float32 parameters continue, and without them the rounded ones."""
+    """The remainders of the old state, if they have the new one's type. With them, the
+    float32 parameters continue; without them, the rounded ones."""
     old, new = (states_in(x, _is_compensated) for x in (opt_state, tree))
     if not (len(old) == len(new) == 1 and _type(old[0]) == _type(new[0])):
         return tree

@@ -53,8 +53,8 @@ def from_torch(
     params: PyTree,
     names: Names,
 ) -> Any:
-    """Moves a run of a PyTorch AdEMAMix to this package: Apple's, that of
-    `pytorch_optimizer`, or the 32-bit one of bitsandbytes.
+    """Moves a run of a PyTorch AdEMAMix to this package: Apple's, the one in
+    `pytorch_optimizer`, or the 32-bit one in bitsandbytes.
 
     PyTorch counts steps from 1, so the schedules of `optim` should have `offset=1`. You
     do not need PyTorch itself.
@@ -67,15 +67,15 @@ def from_torch(
         [`eqx_ademamix.Compensated`][] or [`eqx_ademamix.Offloaded`][] around it, or an
         optax optimizer such as `optax.chain(...)` that contains exactly one `AdEMAMix`.
     - `params`: the model.
-    - `names`: for each trained leaf of `params` its path, as error messages print it
-        (`.layers[0].weight`, with or without `params` before it), mapped to the
-        parameter's name or index in the state dict, or to a pair of that and a function
-        to apply to each of its moments, for example `numpy.transpose`.
+    - `names`: a mapping from the path of each trained leaf of `params`, as error
+        messages print it (`.layers[0].weight`, with or without `params` before it), to
+        the parameter's name or index in the state dict, or to a pair of that and a
+        function to apply to each of its moments, for example `numpy.transpose`.
 
     **Returns:**
 
     The state of `optim`, in its own format, with the shardings of the parameters. The
-    schedules of optax in `optim` continue after the steps that were taken.
+    optax schedules in `optim` continue after the steps that were taken.
 
     **Raises:**
 
@@ -233,7 +233,7 @@ def _name(names: Names, path: Path, where: str) -> tuple[Name, Convert]:
 
 def _index(state_dict: StateDict, name: Name) -> tuple[Name, StateDict]:
     """The key of a parameter's state, and its group. PyTorch numbers the parameters of
-    all groups together, and may store their names beside the numbers."""
+    all groups together, and may store their names alongside the numbers."""
     for group in state_dict.get("param_groups", ()):
         indices = list(group["params"])
         by_name = dict(zip(group.get("param_names", ()), indices, strict=False))
@@ -302,7 +302,7 @@ def _numbers(where: str, what: str, x: object) -> np.ndarray:
 
 
 def _array(x: object) -> np.ndarray | None:
-    """`None` if NumPy cannot make an array of it, as from lists of unequal lengths."""
+    """`None` if NumPy cannot make an array of it, such as lists of unequal lengths."""
     try:
         return np.asarray(x)
     except (TypeError, ValueError):

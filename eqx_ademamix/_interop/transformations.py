@@ -61,16 +61,16 @@ def ademamix(
     defaults of the known JAX implementations.
 
     It uses the `init` and `update` of an [`eqx_ademamix.AdEMAMix`][], whose docstring
-    has the mathematics. Only the arguments have other names. Its state is an
+    has the mathematics. Only the argument names differ. Its state is an
     [`eqx_ademamix.AdEMAMixState`][].
 
     **Arguments:**
 
     - `lr`: the learning rate, a number or a schedule. Required, either by this name or
         as `learning_rate`.
-    - `b1`, `b2`: the decays of the fast average and of the average of squares, numbers
-        or schedules.
-    - `b3`: the decay of the slow average, a number or a schedule.
+    - `b1`, `b2`: the decay rates of the fast average and of the average of squares,
+        numbers or schedules.
+    - `b3`: the decay rate of the slow average, a number or a schedule.
     - `alpha`: the weight of the slow average, a number or a schedule.
     - `b3_scheduler`, `alpha_scheduler`: schedules that replace the numbers `b3` and
         `alpha`, for example [`eqx_ademamix.beta3_scheduler`][].
@@ -78,12 +78,11 @@ def ademamix(
     - `weight_decay`: the strength of the decoupled weight decay.
     - `mu_dtype`: the dtype of `m1` and `m2`: float16, bfloat16, float32 or float64.
         Complex moments stay complex, and `nu` is not affected. The dtype stays the same
-        from step to step. The default is float32. As in
-        [`eqx_ademamix.StateFormat`][], float32 means the parameter's own type where
-        that is wider.
+        from step to step. The default is float32. As in [`eqx_ademamix.StateFormat`][],
+        float32 means the parameter's own type if it is wider.
     - `mask`: as in optax: a tree of bools shaped like the parameters or a prefix of
         them, or a callable from the whole tree of parameters to such a tree. `None`
-        means all. A module that is callable is a tree.
+        means all. A callable module counts as a tree.
     - `learning_rate`: optax's name for `lr`.
     - `max_slow_ratio`, `clip_update_rms`, `skip_nonfinite`: as in
         [`eqx_ademamix.AdEMAMix`][].
@@ -98,7 +97,7 @@ def ademamix(
         by two names.
 
     Warns if `m2` cannot decay in `mu_dtype`: in bfloat16 at `b3=0.9999`, a step changes
-    it by less than the spacing of the numbers.
+    it by less than the spacing of its numbers.
 
     In `optax.inject_hyperparams`, list the arguments that are not numbers:
     `static_args=("b3_scheduler", "alpha_scheduler", "mask", "mu_dtype")`. With 16-bit
@@ -237,8 +236,8 @@ def simplified_ademamix(
     **Arguments:**
 
     - `learning_rate`: the learning rate, a number or a schedule.
-    - `b1`, `b2`: the decays of the momentum and of the average of squares, numbers or
-        schedules.
+    - `b1`, `b2`: the decay rates of the momentum and of the average of squares, numbers
+        or schedules.
     - `alpha`: the extra weight of the current gradient, a number or a schedule.
     - `eps`, `eps_root`: numbers added to the denominator, outside and inside the root.
     - `weight_decay`: the strength of the decoupled weight decay.
@@ -280,7 +279,7 @@ def simplified_ademamix(
         clip_update_rms=clip_update_rms,
         skip_nonfinite=skip_nonfinite,
     )
-    make()  # errors come now, and not at the first step
+    make()  # raises errors now, not at the first step
     return _transformation(make, mask)
 
 
@@ -364,12 +363,12 @@ def _transformation(
         optim = make() if params is None else masked(params)
         return optim.update(updates, state, params)
 
-    # optax has one type for all states, which no type of a state is.
+    # optax has one type for all states, and no state's own type matches it.
     return optax.GradientTransformationExtraArgs(init, cast(Any, update))
 
 
 def _python_bool(x: Node) -> Node:
-    """optax accepts 0-d arrays of bools, too."""
+    """optax also accepts 0-d arrays of bools."""
     is_concrete = isinstance(x, jax.Array) and not isinstance(x, Tracer)
     return bool(x) if is_concrete and x.dtype == bool and x.shape == () else x
 

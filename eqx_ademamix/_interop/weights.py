@@ -28,7 +28,7 @@ def num_after(optim: object, count: Count) -> Scalar:
     return _weight(complement, count) / complement  # the geometric series
 
 
-# The decay of the average that a weight belongs to.
+# The decay rate of the average that a weight belongs to.
 _DECAYS = {"m1_weight": "b1", "m2_weight": "b3", "nu_weight": "b2"}
 
 
@@ -59,7 +59,7 @@ def _decay(optim: object, cls: type, name: str, weight: str) -> HyperParamOrSche
 
 
 def _weight(complement: Scalar, count: Count) -> Scalar:
-    """`1 - b^t` for a constant decay."""
+    """`1 - b^t` for a constant decay rate."""
     steps = count.astype(float)
     weight = bias_factor(complement, jnp.maximum(steps, 1.0))
     return jnp.where(steps > 0, weight, 0.0)
@@ -75,8 +75,8 @@ def _sum_after(
 
     def step(t: Count, total: tuple[Scalar, Scalar]) -> tuple[Scalar, Scalar]:
         # The total is a sum of two floats, added without error (Knuth's TwoSum). In one
-        # float32 it would stop growing when a step changes less than its last digit: at
-        # b = 0.9999, five parts in ten thousand too early.
+        # float32, it would stop growing when a step changes less than its last digit:
+        # at b = 0.9999, five parts in ten thousand too early.
         _, complement = resolve_decay(name, schedule, t)
         b, (high, low) = Decay.of(complement), total
         kept, change = (

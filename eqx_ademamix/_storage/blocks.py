@@ -14,17 +14,18 @@ from jaxtyping import Array, Float, Inexact, Int32
 from .._sharding import is_explicit, spec_of
 
 
-# Entries that a row has at the least. A scale of four bytes for 64 codes of one byte
-# adds 6 %; for shorter rows it would add more.
+# The fewest entries in a row. A scale of four bytes for 64 codes of one byte adds 6%;
+# for shorter rows, it would add more.
 _SHORTEST_ROW = 64
-# Entries in a part of a block. XLA on CPUs materializes the input of a reduction of
-# more.
+# Entries in a part of a block. XLA on CPUs materializes the input of a larger
+# reduction.
 _PART = 32
 
 
 def rows(shape: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
-    """Splits a shape into its first axes, and the length of the rows along which the
-    blocks lie: the last axis, or as many of the last axes as have 64 entries."""
+    """Splits a shape into its first axes and the length of the rows along which the
+    blocks lie: the last axis, or as many of the last axes as together have 64
+    entries."""
     axis = len(shape) - 1
     while axis > 0 and math.prod(shape[axis:]) < _SHORTEST_ROW:
         axis -= 1
@@ -43,11 +44,11 @@ def are_whole(shape: tuple[int, ...], shard: tuple[int, ...], block_size: int) -
 
 def partial_maxima(x: Inexact[Array, "..."], block_size: int) -> Float[Array, "..."]:
     """The largest magnitudes in the parts of each block, or NaNs for parts that have
-    one. The maximum over the last axis is left to do. Bit patterns of magnitudes, read
-    as integers, are ordered as the magnitudes are, with NaNs above infinities, and XLA
-    on CPUs finds the maximum of integers faster.
+    one. The caller takes the maximum over the last axis. Bit patterns of magnitudes,
+    read as integers, have the same order as the magnitudes, with NaNs above infinities,
+    and XLA on CPUs finds the maximum of integers faster.
 
-    If aligned blocks span several devices, these exchange maxima, not entries.
+    If aligned blocks span several devices, the devices exchange maxima, not entries.
     """
     pattern = lax.bitcast_convert_type(jnp.abs(x).astype(np.float32), np.int32)
     lead, length = rows(x.shape)
@@ -65,7 +66,7 @@ def _of_aligned_blocks(
     x: Int32[Array, "..."], lead: tuple[int, ...], block: int
 ) -> Int32[Array, "..."]:
     """The maxima of the parts of blocks that are whole rows, or made of whole parts. A
-    device needs no more of a block than its maxima, so blocks come after parts."""
+    device needs only the maxima of a block, so blocks come after parts."""
     maxima = _maxima_of_parts(_as_rows(x, lead, _PART))
     each = -(-block // _PART)
     maxima = _padded(maxima, -maxima.shape[-1] % each)
@@ -106,7 +107,7 @@ def _maxima_of_parts(x: Int32[Array, "..."]) -> Int32[Array, "..."]:
 
 
 def spread(per_block: Array, shape: tuple[int, ...], block_size: int) -> Array:
-    """For each entry of an array, what `per_block` has for its block."""
+    """For each entry of an array, the value of `per_block` for its block."""
     lead, length = rows(shape)
     block = min(block_size, length) or 1
     each = jnp.broadcast_to(per_block[..., None], (*per_block.shape, block))
@@ -115,9 +116,9 @@ def spread(per_block: Array, shape: tuple[int, ...], block_size: int) -> Array:
 
 
 def _as_rows(x: Array, lead: tuple[int, ...], unit: int) -> Array:
-    """The rows of an array with these first axes. If its sharding is part of its type
-    and splits a unit of a row, every row is whole on some device, since such an array
-    could not be reshaped otherwise."""
+    """The rows of an array with these first axes. If the sharding is part of the type
+    and splits a unit of a row, each row is first made whole on a device, since the
+    array could not be reshaped otherwise."""
     first, length = len(lead), math.prod(x.shape[len(lead) :])
     typeof = getattr(jax, "typeof", None)
     sharding: Any = getattr(typeof(x), "sharding", None) if typeof else None

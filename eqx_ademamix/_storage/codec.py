@@ -1,4 +1,4 @@
-"""Codecs: what a moment becomes between two steps, and what is read back."""
+"""Codecs: how a moment is stored between two steps, and how it is read back."""
 
 import abc
 import functools as ft
@@ -44,8 +44,8 @@ class Encoded(AbstractLeaf):
     real: tuple[Array, ...]
     imag: tuple[Array, ...] | None
 
-    # Equinox's own makes a module of each method, which an encoded moment does not
-    # have. Without it, a state with many leaves is flattened several times as fast.
+    # Equinox's own makes a module of each method, and an encoded moment has none.
+    # Without it, a state with many leaves is flattened several times as fast.
     __getattribute__ = object.__getattribute__
 
     @property
@@ -72,8 +72,8 @@ class AbstractCodec(eqx.Module):
 
     [`eqx_ademamix.Dense`][] stores a plain array. All other codecs store an
     [`eqx_ademamix.Encoded`][]. To write your own codec, implement `encode_real` and
-    `decode_real`, which say what becomes of a real array, and `for_squares`. A complex
-    moment is stored as two real ones.
+    `decode_real`, for real arrays, and `for_squares`. A complex moment is stored as two
+    real ones.
 
     !!! Example
 
@@ -98,7 +98,7 @@ class AbstractCodec(eqx.Module):
         **Arguments:**
 
         - `value`: float32, of any shape.
-        - `seed`: what random rounding depends on, or `None` to round to nearest.
+        - `seed`: the seed of random rounding, or `None` to round to nearest.
 
         **Returns:**
 
@@ -121,12 +121,12 @@ class AbstractCodec(eqx.Module):
 
     @abc.abstractmethod
     def for_squares(self) -> "AbstractCodec":
-        """The codec to use for `nu`, which is never negative, and where a small number
-        that became zero would make an update explode.
+        """The codec to use for `nu`, which is never negative. If a small number in it
+        became zero, an update would explode.
 
         **Returns:**
 
-        A codec that decodes no positive normal number of float32 to zero.
+        A codec that decodes no positive normal float32 number to zero.
         """
 
     @no_type_check
@@ -141,8 +141,8 @@ class AbstractCodec(eqx.Module):
 
         **Returns:**
 
-        What takes the moment's place in the state. A number that is not finite stays
-        so, and may take the other numbers of its block with it.
+        What the state holds in place of the moment. A number that is not finite stays
+        so, and may make the other numbers in its block nonfinite too.
         """
         if isinstance(self, Dense):
             return rounded(value, dense_dtype(self.dtype, value.dtype))
@@ -166,8 +166,7 @@ class AbstractCodec(eqx.Module):
 
         **Returns:**
 
-        A float32 or complex64 array. From a [`eqx_ademamix.Dense`][] the array as it
-        is.
+        A float32 or complex64 array. For a [`eqx_ademamix.Dense`][], the array itself.
         """
         if not isinstance(stored, Encoded):
             return stored
@@ -186,7 +185,7 @@ class AbstractCodec(eqx.Module):
 
         **Returns:**
 
-        What takes the moment's place in the state.
+        What the state holds in place of the moment.
         """
         if isinstance(self, Dense):
             return zeros_beside(like, dense_dtype(self.dtype, like.dtype))
@@ -228,8 +227,8 @@ class Bounds(NamedTuple):
 
 
 class AbstractBounded(AbstractCodec):
-    """A codec that encodes a moment in one pass if it gets bounds. Otherwise it would
-    have to compute all of it twice: first for the largest number of each block, then
+    """A codec that encodes a moment in one pass if it gets bounds. Without them, all of
+    the moment would be computed twice: first for the largest number of each block, then
     for the codes."""
 
     block_size: eqx.AbstractVar[int]
@@ -259,8 +258,8 @@ class Dense(AbstractCodec):
     r"""A plain array of a dtype, rounded to nearest.
 
     float32 is a lower bound: the moments of a float64 parameter are float64. A complex
-    parameter has complex moments, complex64 at the least, and a real `nu`. A finite
-    number stays finite when it is rounded.
+    parameter has complex moments, at least complex64, and a real `nu`. A finite number
+    stays finite when it is rounded.
 
     The update is computed from a moment before it is rounded, as in optax.
 
@@ -282,7 +281,7 @@ class Dense(AbstractCodec):
     def __init__(self, dtype: DTypeLike):
         """**Arguments:**
 
-        - `dtype`: float16, bfloat16, float32 or float64. The last only where JAX has
+        - `dtype`: float16, bfloat16, float32, or float64. The last only if JAX has
             64-bit types enabled.
 
         **Raises:**
@@ -350,7 +349,7 @@ def decode(stored: Stored) -> Array:
 
 
 def encode_like(value: Array, like: Stored) -> Stored:
-    """Stores a moment as another one is stored, rounded to nearest."""
+    """Stores a moment in the same way as another, rounded to nearest."""
     if isinstance(like, Encoded):
         return like.codec.encode(value)
     return rounded(value, like.dtype)
@@ -359,12 +358,12 @@ def encode_like(value: Array, like: Stored) -> Stored:
 def store(
     value: Array, like: Stored, seed: UInt32[Array, ""], bounds: Bounds | None
 ) -> tuple[Array, Stored]:
-    """Stores a moment as another one is stored. Returns what the update is computed
+    """Stores a moment in the same way as another. Returns what the update is computed
     from, and what is stored. `bounds` are for a codec that takes them.
 
-    From a codec the update gets what is read back. An update from the exact value would
-    need the old codes after they are overwritten, and XLA on CPUs would copy all of
-    them for that. From a dense array it gets the value before it is rounded, as in
+    With a codec, the update uses what is read back. An update from the exact value
+    would need the old codes after they are overwritten, so XLA on CPUs would copy all
+    of them. With a dense array, the update uses the value before it is rounded, as in
     optax."""
     if not isinstance(like, Encoded):
         return value, rounded(value, like.dtype)
@@ -394,8 +393,8 @@ def _encoded_within(
 
 @jax.custom_jvp
 def _read_back(value: Array, decoded: Array) -> Array:
-    """What was decoded, with the derivative of what was encoded: the derivative of
-    rounding is zero, so the update's would silently be zero too."""
+    """The decoded value, with the derivative of the value that was encoded: the
+    derivative of rounding is zero, so the update's would silently be zero too."""
     return decoded
 
 
@@ -420,7 +419,7 @@ def misfit(
 
 
 def _stored_as(stored: Stored, param: Struct) -> str:
-    """How a moment is stored, including its arrays if those are not what they should
+    """How a moment is stored, including its arrays if they are not as they should
     be."""
     if not isinstance(stored, Encoded):
         return str(stored.dtype)
@@ -458,8 +457,8 @@ def holds_blocks(
     codec: AbstractCodec, shape: tuple[int, ...], shard: tuple[int, ...]
 ) -> bool:
     """Whether shards of this shape hold everything that their entries are encoded and
-    decoded with. Of a codec that does not say so, this is known if all of its arrays
-    have the axes that are split."""
+    decoded with. For a codec that does not say, this is known if all of its arrays have
+    the axes that are split."""
     if isinstance(codec, AbstractBounded):
         return codec.holds_blocks(shape, shard)
     split = [
@@ -470,7 +469,7 @@ def holds_blocks(
 
 
 def _as_float32(x: Array) -> Array:
-    """`x` in float32. A finite number of float64 stays finite."""
+    """`x` in float32. A finite float64 number stays finite."""
     if x.dtype != np.float64:
         return x.astype(np.float32)
     largest = float(np.finfo(np.float32).max)

@@ -24,8 +24,8 @@ CodecLike: TypeAlias = AbstractCodec | DTypeLike
 if TYPE_CHECKING:
 
     class Moments(NamedTuple, Generic[T]):
-        """One thing for each moment of a parameter, or of all parameters: an array,
-        what is stored, a tree, a name. `None` for a moment that does not exist."""
+        """One item for each moment of a parameter, or of all parameters: an array, what
+        is stored, a tree, a name. `None` for a moment that does not exist."""
 
         m1: T | None
         m2: T
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 else:
 
     class Moments(NamedTuple):
-        # beartype knows no generic named tuples, so at run time `Moments[T]` is this.
+        # beartype does not support generic named tuples, so this is `Moments[T]` at run
+        # time.
         m1: object
         m2: object
         nu: object
@@ -48,7 +49,7 @@ class StateFormat(eqx.Module):
 
     All arithmetic is in float32 or better, whatever you choose here. Only what is kept
     from one step to the next is rounded. The update is computed from a moment before it
-    is rounded to a dtype, as in optax, but after it was stored by a codec, so that a
+    is rounded to a dtype, as in optax, but after it is stored by a codec, so that a
     donated state is overwritten in place: see [Low precision](../precision.md#memory).
     In derivatives through an update, the rounding of a codec counts as the identity
     (straight-through, Bengio et al. 2013, arXiv:1308.3432). So the derivative is that
@@ -56,21 +57,21 @@ class StateFormat(eqx.Module):
     cancel: see [Low precision](../precision.md#derivatives-through-an-update).
     Derivatives do not pass through a state that a codec stored.
 
-    A dtype is short for the codec [`eqx_ademamix.Dense`][]. float32 is a lower bound: a
-    float64 parameter has float64 moments. A complex parameter has complex `m1` and
-    `m2`, complex64 at the least, and a real `nu`. A dtype of 16 bits is legal, but be
-    careful with `m2`: at $\beta_3 = 0.9999$ a step changes it by one part in ten
-    thousand, and bfloat16, rounded to nearest, rounds away any change of less than one
-    part in 512.
+    A dtype is shorthand for the codec [`eqx_ademamix.Dense`][]. float32 is a lower
+    bound: a float64 parameter has float64 moments. A complex parameter has complex `m1`
+    and `m2`, at least complex64, and a real `nu`. A 16-bit dtype is legal, but be
+    careful with `m2`: at $\beta_3 = 0.9999$, a step changes it by one part in ten
+    thousand, and bfloat16, rounded to nearest, loses any change of less than one part
+    in 512.
 
     The other codecs are [`eqx_ademamix.ScaledFloat8`][],
     [`eqx_ademamix.ScaledFloat16`][], [`eqx_ademamix.SplitBfloat16`][], and your own
-    [`eqx_ademamix.AbstractCodec`][]. Arrays of fewer than `min_size` entries stay
-    float32, or the parameter's own wider type: they hardly add to the total of a large
-    model. A small model may have no others, and keeps twelve bytes per parameter. These
-    codecs round at random. That depends only on the counter, on the name of the moment
-    and on the path of the leaf, so a run repeats bit for bit, and freezing or adding a
-    layer changes no bit of another.
+    [`eqx_ademamix.AbstractCodec`][]. Arrays with fewer than `min_size` entries stay
+    float32, or the parameter's own dtype if it is wider: they add little to the total
+    of a large model. A small model may have no others, and then keeps twelve bytes per
+    parameter. These codecs round at random. The rounding depends only on the counter,
+    the name of the moment, and the path of the leaf, so a run is reproducible bit for
+    bit, and freezing or adding a layer changes no bit of another.
 
     | | bytes per parameter | `m1` | `m2` | `nu` |
     | --- | --- | --- | --- | --- |
@@ -109,7 +110,7 @@ class StateFormat(eqx.Module):
         """**Arguments:**
 
         - `m1`, `m2`, `nu`: a codec, or a dtype: float16, bfloat16, float32 or float64
-            (the last only where JAX has 64-bit types enabled). For `nu`, a codec is
+            (the last only if JAX has 64-bit types enabled). For `nu`, a codec is
             replaced by its variant for squares, which has no sign and no underflow.
         - `min_size`: arrays of at least this many entries are encoded. Has no effect on
             dtypes.

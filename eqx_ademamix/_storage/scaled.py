@@ -1,4 +1,4 @@
-"""Codecs of one and two bytes: small floating-point numbers, relative to a bound of the
+"""Codecs of one and two bytes: small floating-point numbers, relative to a bound on the
 numbers in their block."""
 
 import abc
@@ -28,7 +28,7 @@ _EXPONENT = np.int32(255 * _BINADE)  # the bits of the exponent
 
 class AbstractScaled(AbstractBounded):
     """A codec whose codes are places on a grid of floating-point numbers, and whose
-    scales are bounds of the numbers in a block."""
+    scales are bounds on the numbers in a block."""
 
     block_size: eqx.AbstractVar[int]
     signed: eqx.AbstractVar[bool]
@@ -68,17 +68,17 @@ class AbstractScaled(AbstractBounded):
     def _encode(
         self, value: Array, bounds: Bounds, old: Array | None, seed: Array | None
     ) -> tuple[Array, ...]:
-        # The maximum of each block comes last, and it is that of the patterns, since
-        # they are ordered as the bounds are. XLA on CPUs computes everything else again
-        # in each kernel that uses it, but no reduction.
+        # The maximum of each block comes last, and it is that of the patterns, which
+        # have the same order as the bounds. XLA on CPUs recomputes everything else in
+        # each kernel that uses it, but not a reduction.
         patterns = self._grid.scales(bounds, old, seed)
         scale = _number(jnp.max(patterns, axis=-1))
         return self._grid.encode(value, scale, seed, self.block_size), scale
 
 
 class ScaledFloat16(AbstractScaled):
-    r"""Two bytes: floating-point numbers relative to a bound of the entries in their
-    block, which takes four bytes per block.
+    r"""Two bytes: floating-point numbers relative to a bound on the entries in their
+    block. The bound takes four bytes per block.
 
     Signed, for `m1` and `m2`: 1024 numbers between powers of two. An entry of at least
     $2^{-23}$ times its block's largest is kept to a relative error of
@@ -87,8 +87,8 @@ class ScaledFloat16(AbstractScaled):
 
     The rounding is dithered: a random fraction of a step is added before rounding and
     subtracted after decoding, so that the error is uniform and has mean zero, whatever
-    the value is (Gray and Stockham 1993, "Dithered quantizers"). Within half a step of
-    a power of two, where the steps double, the mean is off by up to 1/16 step. So a
+    the value (Gray and Stockham 1993, "Dithered quantizers"). Within half a step of a
+    power of two, where the steps double, the mean is off by up to 1/16 step. So a
     change far smaller than a step is kept in the mean, where rounding to nearest would
     lose it.
 
@@ -98,15 +98,16 @@ class ScaledFloat16(AbstractScaled):
     $1 + 1/1024$, and the denominator $\sqrt\nu$ by less than the root of that, 1.0005.
     [`eqx_ademamix.ScaledFloat8`][] has the proof.
 
-    In an update, the bound of a block is what the update rule makes of the old bound
-    and of the largest gradient in the block, since that bounds what the rule makes of
-    the entries. So the step reads each array only once. The bound of an average of
-    gradients is looser than their largest average, for `m2` by six or seven powers of
-    two, and each one takes a power of two from the range above.
+    In an update, the bound of a block is the result of the update rule for the old
+    bound and the largest gradient in the block, since that bounds the rule's results
+    for the entries. So the step reads each array only once. For an average of
+    gradients, the bound is above the largest entry, for `m2` by six or seven powers of
+    two. Each of these takes one power of two from the range above.
 
     After a spike, when the bound of `nu` is more than $2^{20}$ times the usual squares
-    in its block, the numbers are half as many over 126 powers of two. So the spike does
-    not lift the `nu` of its neighbors, which would stop them.
+    in its block, there are half as many numbers between powers of two, over 126 powers
+    of two. So the spike does not raise the `nu` of its neighbors, which would stop
+    them.
 
     Blocks lie along the last axis. If that has fewer than 64 entries, they lie along
     as many of the last axes as together have 64.
@@ -163,16 +164,16 @@ class ScaledFloat8(AbstractScaled):
     $x = 0$, zero is stored. $\square$ (With the fewer numbers after a spike, the factor
     is less than 1.43.)
 
-    The scale is a power of two, so a new bound moves no number: what the gradient does
-    not change is stored again as it is.
+    The scale is a power of two, so a new bound changes no number: what the gradient
+    does not change is stored again unchanged.
 
-    An entry of `nu` is not rounded at random but in turn: up if its place between two
-    numbers, a fraction, exceeds a threshold that moves by the golden ratio from step to
-    step (modulo 1). Random rounding would make a `nu` without gradients walk at random.
-    In turn, it decays as fast as it should. *Why.* Neighboring numbers have almost the
-    same ratio. So the same small decay moves each of them to the next one if the
-    threshold lies in an interval of (almost) the same length, and multiples of the
-    golden ratio visit an interval at regular times, as often as its length says.
+    An entry of `nu` is not rounded at random but in turn: up if its fractional position
+    between two numbers exceeds a threshold that moves by the golden ratio from step to
+    step (modulo 1). Rounded at random, a `nu` without gradients would do a random walk.
+    Rounded in turn, it decays as fast as it should. *Why.* Neighboring numbers have
+    almost the same ratio. So the same small decay moves each of them to the next one if
+    the threshold lies in an interval of (almost) the same length, and multiples of the
+    golden ratio visit an interval at regular times, in proportion to its length.
     """
 
     block_size: int = eqx.field(static=True)
@@ -270,7 +271,7 @@ class _Signed(NamedTuple):
 
     @property
     def _cut(self) -> np.int32:
-        """How many bits of a pattern codes leave out."""
+        """How many bits of a pattern the codes omit."""
         return np.int32(23 - self.bits)
 
     @property
@@ -285,7 +286,7 @@ class _Signed(NamedTuple):
         return np.iinfo(self.dtype).min if self.is_dithered else 0
 
     def _last(self, shape: tuple[int, ...]) -> Int32[Array, "..."]:
-        """The last place but one."""
+        """The second-to-last place."""
         place = (np.iinfo(self.dtype).max - 1) << int(self._cut)
         return lax.full(shape, np.int32(place))
 
@@ -317,10 +318,10 @@ class _Squares(NamedTuple):
     def scales(
         self, bounds: Bounds, old: Array | None, seed: Array | None
     ) -> Int32[Array, "..."]:
-        """The patterns of the scales: bounds whose last 13 bits note the exponent of
+        """The patterns of the scales: bounds whose last 13 bits record the exponent of
         the usual square, and, in the last bit, whether the numbers are halved. A bound
-        is rounded to the other bits at random, so that one that shrinks by less than
-        their last place shrinks on average."""
+        is rounded to the other bits at random, so that even a decrease of less than
+        their last place takes effect on average."""
         bound = _in_range(bounds, 2.0**-63)
         usual = _exponent(jnp.square(bounds.gradient))
         if old is not None:
@@ -358,7 +359,7 @@ class _Squares(NamedTuple):
 
     @property
     def _cut(self) -> np.int32:
-        """How many bits of a pattern codes leave out."""
+        """How many bits of a pattern the codes omit."""
         return np.int32(23 - self.bits)
 
     def _unit(self, scale: Array, halvings: Array) -> Float[Array, "..."]:
@@ -413,7 +414,7 @@ def _exponent(x: Array) -> Int32[Array, "..."]:
 
 def _followed(old: Array, new: Array) -> Int32[Array, "..."]:
     """The exponent of the usual largest square of a gradient in each block. In each
-    step it moves by at most one towards that of the last gradient, so that a spike
+    step, it moves by at most one toward that of the last gradient, so that a spike
     hardly moves it. A block without gradients keeps it."""
     near = lax.max(old - 1, lax.min(new, old + 1))
     return jnp.where(new == 0, old, jnp.where(old == 0, new, near))
@@ -425,13 +426,13 @@ def _halvings(scale: Array) -> Int32[Array, "..."]:
 
 
 def _unit(scale: Array) -> Float[Array, "..."]:
-    """The power of two of a scale. So a new bound moves no number of a grid."""
+    """The power of two of a scale. So a new bound moves no number of the grid."""
     return _number(_pattern(scale) & _EXPONENT)
 
 
 def _inverse(power_of_two: Array) -> Float[Array, "..."]:
-    """One over a power of two, without a division: XLA on CPUs would store the result
-    of one for the blocks of each moment of each leaf."""
+    """The inverse of a power of two, without a division: XLA on CPUs would store the
+    result of a division for the blocks of each moment of each leaf."""
     return _number(2 * _ONE - _pattern(power_of_two))
 
 

@@ -50,8 +50,8 @@ class SplitBfloat16(AbstractCodec):
 
 
 def _not_finite(pattern: Int32[Array, "..."]) -> Int32[Array, "..."]:
-    """The pattern of an infinity or of a NaN. The last bits, which get lost, must not
-    be what tells the two apart."""
+    """The pattern of an infinity or of a NaN. The last bits get lost, so they must not
+    be what distinguishes the two."""
     return jnp.where(pattern == _INFINITY, _INFINITY, np.int32(0x7FC00000))
 
 

@@ -57,11 +57,11 @@ _Remainders: TypeAlias = PyTree[Int[Array, "?*leaf"], "Params"]
 
 
 class Compensated(AbstractOptimizer[CompensatedState]):
-    r"""Wraps an optimizer for parameters in bfloat16 or float16, and keeps what
-    rounding them loses.
+    r"""Wraps an optimizer for parameters in bfloat16 or float16, and keeps what their
+    rounding loses.
 
     A 16-bit parameter does not move if its step is less than half the distance to the
-    next number: for bfloat16 that is 1/512 of the parameter, a large step. Here, the
+    next number: for bfloat16, that is 1/512 of the parameter, a large step. Here, the
     wrapped optimizer sees a float32 parameter: the model's $\theta$ plus a remainder
     $r$. Its update $u$ determines the update of the model and the next remainder:
 
@@ -85,16 +85,16 @@ class Compensated(AbstractOptimizer[CompensatedState]):
     With `bits=16`, a bfloat16 parameter and its remainder have 24 significant bits in
     four bytes, as float32 does. They take the steps of a float32 parameter bit for bit,
     except for about one in sixty, whose remainder is close to half a unit. With
-    `bits=8` they have 16 significant bits in three bytes.
+    `bits=8`, they have 16 significant bits in three bytes.
 
     Parameters of other types are passed on unchanged.
 
     The remainders belong to the parameters that `eqx.apply_updates(params, updates)`
-    gives. If you scale or clip the updates after `update`, or change the parameters in
-    another way, the remainders are wrong, and no error says so. Put everything that
-    changes updates inside: `Compensated(optax.chain(optim, optax.scale(0.5)))`. With
-    `check_params=True`, the next `update` raises an error if the parameters are not
-    those that the last one led to.
+    returns. If you scale or clip the updates after `update`, or change the parameters
+    in another way, the remainders are wrong, and no error is raised. Put everything
+    that changes updates inside: `Compensated(optax.chain(optim, optax.scale(0.5)))`.
+    With `check_params=True`, the next `update` raises an error if the parameters are
+    not the result of the last one.
 
     !!! Example
 
@@ -135,8 +135,8 @@ class Compensated(AbstractOptimizer[CompensatedState]):
         - `optim`: the optimizer, of this package or of optax.
         - `bits`: the bits of a remainder, 16 or 8.
         - `check_params`: whether `update` raises an error, with `eqx.error_if`, if the
-            16-bit parameters are not exactly those that the last `update` led to. The
-            state then keeps a hash of them. Each step reads the parameters once more.
+            16-bit parameters are not exactly the result of the last `update`. The state
+            then keeps a hash of them. Each step reads the parameters once more.
 
         **Raises:**
 
@@ -250,7 +250,7 @@ class Compensated(AbstractOptimizer[CompensatedState]):
         self, grads: PyTree, state: Any, params: PyTree | None
     ) -> tuple[CompensatedState, Leaves, list[Array]]:
         """The state, the leaves of its remainders, and the parameters that have one,
-        once it is known that all of them fit together."""
+        once they are known to fit together."""
         check_state_type(state, grads, CompensatedState)
         if params is None:
             raise ValueError(
@@ -310,14 +310,14 @@ def _fingerprint_after(
 
 
 def _taken(before: PyTree, after: PyTree) -> Taken:
-    """Whether the wrapped optimizer took a step: not if all that can skip one did."""
+    """Whether the wrapped optimizer took a step: false if all that can skip one did."""
     pairs = zip(_skipped(before), _skipped(after), strict=True)
     taken = [x == y for x, y in pairs]
     return jnp.any(jnp.stack(taken)) if taken else None
 
 
 def _skipped(state: PyTree) -> list[Array]:
-    """The counters of skipped steps of all states inside of a state."""
+    """The counters of skipped steps of all states inside a state."""
     found = [x.skipped for x in states_in(state, is_moment_state)]
     return [x for x in found if x is not None]
 
@@ -326,7 +326,7 @@ def _trained_by(
     optim: AbstractOptimizer[Any] | OptaxOptimizer, params: PyTree, state: PyTree
 ) -> PyTree:
     """A tree that has `None` at each leaf that an optimizer does not train. Only our
-    own optimizers choose. They say so by their updates."""
+    own optimizers choose. Their updates show the choice."""
     grads = eqx.filter(params, is_inexact_shape)
     if not isinstance(optim, AbstractOptimizer):
         return grads
@@ -410,7 +410,7 @@ def _wide_or_struct(x: Array | Struct) -> Array | Struct:
 
 
 def _wide(x: Array) -> Array:
-    # Rounded again: if `x` is a sum, XLA may have put off its rounding.
+    # Rounded again: if `x` is a sum, XLA may have deferred its rounding.
     return _in_precision_of(x, x.astype(np.float32)) if _is_16_bit(x) else x
 
 
@@ -463,8 +463,8 @@ def _split_leaf(
 
 
 def _in_precision_of(p: Array, x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Rounds a float32 array to a 16-bit type, but leaves it float32. XLA may remove a
-    conversion to the type and back, but not this."""
+    """Rounds a float32 array to a 16-bit type, but leaves it as float32. XLA may remove
+    a conversion to the type and back, but not this."""
     info = jnp.finfo(p.dtype)
     x16 = lax.reduce_precision(x, exponent_bits=info.nexp, mantissa_bits=info.nmant)
     if p.dtype != np.float16:

@@ -1,4 +1,4 @@
-"""Moments that are in host memory between two steps."""
+"""Moments that are kept in host memory between steps."""
 
 from typing import Any, Generic
 
@@ -18,16 +18,16 @@ from .._typing import no_type_check
 
 
 class Offloaded(AbstractOptimizer[S], Generic[S]):
-    """Wraps an optimizer of this package, and keeps some of its moments in host memory
+    """Wraps an optimizer of this package and keeps some of its moments in host memory
     (`pinned_host`). The device then has room for a larger model or batch, but each step
     takes longer.
 
-    A jitted step copies these moments to the device and back, one parameter after the
-    other. The copies are ordered so that the device never holds those of all parameters
-    at once, only those of the parameter that is updated and of the next one. The
-    results are those of the wrapped optimizer, bit for bit.
+    A jitted step copies these moments to the device and back, one parameter at a time.
+    The copies are ordered so that the device never holds the moments of all parameters
+    at once, only those of the parameter being updated and of the next one. The results
+    are those of the wrapped optimizer, bit for bit.
 
-    The state is that of the wrapped optimizer, with some arrays in another memory. All
+    The state is that of the wrapped optimizer, with some arrays in host memory. All
     functions of this package that accept a state accept this one.
 
     `Offloaded` goes directly around the optimizer, and everything else around
@@ -66,8 +66,8 @@ class Offloaded(AbstractOptimizer[S], Generic[S]):
 
         - `optim`: an [`eqx_ademamix.AdEMAMix`][] or
             [`eqx_ademamix.SimplifiedAdEMAMix`][].
-        - `moments`: the names of the moments to keep in host memory: some of
-            `m1`, `m2` and `nu` for `AdEMAMix` (there is no `m1` at `b1=0`), of `m` and
+        - `moments`: the names of the moments to keep in host memory: some of `m1`,
+            `m2`, and `nu` for `AdEMAMix` (there is no `m1` at `b1=0`), or of `m` and
             `nu` for `SimplifiedAdEMAMix`.
 
         **Raises:**
@@ -139,9 +139,9 @@ def _checked_names(
 
 
 def _check_placed(state: AbstractMomentState[Any], names: tuple[str, ...]) -> None:
-    """Checks that the named moments are in host memory. (A step that moved
-    them there would be dangerous to jit: JAX lets a result take over the buffer of a
-    donated array of its shape, and ends the process if that is in another memory.)"""
+    """Checks that the named moments are in host memory. (A step that moved them there
+    would be dangerous to jit: JAX lets a result reuse the buffer of a donated array of
+    its shape, and aborts the process if that is in another memory.)"""
     for name in names:
         for path, x in jtu.tree_leaves_with_path(getattr(state, name)):
             if not is_in_host(x):
