@@ -14,7 +14,7 @@ import re
 from typing import Any, NamedTuple
 
 
-# JAX reads this when it is imported.
+# JAX reads this when it first uses a device.
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
 import jax

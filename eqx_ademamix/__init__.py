@@ -1,4 +1,4 @@
-"""AdEMAMix for Equinox models: typed hyperparameters, typed state, right numbers."""
+"""AdEMAMix for Equinox: typed hyperparameters, typed state, accurate numerics."""
 
 from . import presets as presets
 from ._ademamix import AdEMAMix as AdEMAMix

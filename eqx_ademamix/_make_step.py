@@ -184,8 +184,8 @@ class TrainStep:
         **Raises:**
 
         - `ValueError` or `TypeError`: if the carry is not one of this step or has been
-            used before, or if the batch or what `loss_fn` returns does not fit. All of
-            these are found while compiling, at no cost later.
+            used before, or if the batch or what `loss_fn` returns does not fit. The
+            batch and the loss are checked while compiling, at no cost later.
         """
         if type(carry) is not TrainCarry or carry.layout.owner is not self._owner:
             self._check_carry(carry)

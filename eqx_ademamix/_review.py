@@ -103,8 +103,9 @@ def review(optim: _Member | Sequence[_Member], *, num_steps: int) -> list[str]:
     **Returns:**
 
     A list of sentences, empty if all is well. Schedules are called at a few steps: at
-    the beginning, middle, and end of the run. Schedules from outside this package are
-    also called after one half-life of `b3` and far beyond the end. Only these values of
+    the beginning, middle, and end of the run. All except the warm-ups of
+    [`eqx_ademamix.alpha_scheduler`][] and [`eqx_ademamix.beta3_scheduler`][] are also
+    called after one half-life of `b3` and far beyond the end. Only these values of
     theirs are known.
 
     **Raises:**
@@ -260,7 +261,7 @@ def _course(
 def _sampled(
     name: str, at: Callable[[int], float], num_steps: int, half_life: float | None
 ) -> _Course:
-    """The course of a function that is not ours, from a few of its values."""
+    """The course of any other schedule, from a few of its values."""
     first, middle, last = map(at, (0, num_steps // 2, num_steps - 1))
     step = min(_FAR * num_steps, _LAST_STEP // 2)
     far, farther = at(step), at(2 * step)

@@ -853,7 +853,7 @@ def from_half_life(
 
 
 # The paper's Figure 17 (arXiv:2409.03137) implies that nine half-lives of b3 in a run
-# are too few, and eighteen are enough. Fifteen is about midway between the two.
+# are too few, and eighteen are enough. Fifteen is between the two.
 GOOD_HALF_LIVES = 15
 
 

@@ -72,7 +72,7 @@ class AdEMAMixState(AbstractMomentState[Hyperparams]):
     **Attributes:**
 
     - `count`: the number of steps taken, an int32 scalar. The bias corrections and the
-        schedule of the learning rate depend on it.
+        schedules of the learning rate, `b1`, `b2`, and `weight_decay` depend on it.
     - `count_m2`: the number of steps that the slow average has taken, an int32 scalar.
         The schedules of `b3` and `alpha` depend on it. Both counters saturate at
         $2^{31} - 1$.

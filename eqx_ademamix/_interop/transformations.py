@@ -75,7 +75,8 @@ def ademamix(
     - `b3_scheduler`, `alpha_scheduler`: schedules that replace the numbers `b3` and
         `alpha`, for example [`eqx_ademamix.beta3_scheduler`][].
     - `eps`, `eps_root`: numbers added to the denominator, outside and inside the root.
-    - `weight_decay`: the strength of the decoupled weight decay.
+    - `weight_decay`: the strength of the weight decay. As in optax, the learning rate
+        multiplies it.
     - `mu_dtype`: the dtype of `m1` and `m2`: float16, bfloat16, float32 or float64.
         Complex moments stay complex, and `nu` is not affected. The dtype stays the same
         from step to step. The default is float32. As in [`eqx_ademamix.StateFormat`][],
@@ -240,7 +241,8 @@ def simplified_ademamix(
         or schedules.
     - `alpha`: the extra weight of the current gradient, a number or a schedule.
     - `eps`, `eps_root`: numbers added to the denominator, outside and inside the root.
-    - `weight_decay`: the strength of the decoupled weight decay.
+    - `weight_decay`: the strength of the weight decay. As in optax, the learning rate
+        multiplies it.
     - `mask`: as in [`eqx_ademamix.ademamix`][].
     - `clip_update_rms`, `skip_nonfinite`: as in [`eqx_ademamix.AdEMAMix`][].
 

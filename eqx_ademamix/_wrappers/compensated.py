@@ -61,9 +61,10 @@ class Compensated(AbstractOptimizer[CompensatedState]):
     rounding loses.
 
     A 16-bit parameter does not move if its step is less than half the distance to the
-    next number: for bfloat16, that is 1/512 of the parameter, a large step. Here, the
-    wrapped optimizer sees a float32 parameter: the model's $\theta$ plus a remainder
-    $r$. Its update $u$ determines the update of the model and the next remainder:
+    next number: for bfloat16, that is 1/512 to 1/256 of the parameter, a large step.
+    Here, the wrapped optimizer sees a float32 parameter: the model's $\theta$ plus a
+    remainder $r$. Its update $u$ determines the update of the model and the next
+    remainder:
 
     $$
     \begin{align*}
