@@ -6,6 +6,7 @@ Run `python benchmarks/social_card.py`. Most sites expect 1200 by
 
 from pathlib import Path
 
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch
 from matplotlib.path import Path as Curve
@@ -21,7 +22,7 @@ def draw(path: Path) -> None:
     axes.axis("off")
     axes.set(xlim=(0, 1200), ylim=(630, 0))
     for curve, color in ((fast_average(), FAST), (slow_average(), SLOW)):
-        vertices = curve.vertices * 13 + (70, 130)
+        vertices = np.asarray(curve.vertices) * 13 + (70, 130)
         patch = PathPatch(
             Curve(vertices, curve.codes),
             fill=False,
