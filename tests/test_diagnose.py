@@ -300,8 +300,9 @@ def test_the_recorded_runs_of_the_main_job(seed: int):
     assert diagnose(path) == diagnose(rows) == []
 
 
-def test_a_recorded_run_of_the_main_job_with_its_default_settings():
-    path = ROOT / "tests/data/train_language_model_default.csv"
+@pytest.mark.parametrize("seed", range(3))
+def test_recorded_runs_of_the_main_job_with_its_default_settings(seed: int):
+    path = ROOT / f"tests/data/train_language_model_default_{seed}.csv"
     with path.open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 320 and rows[-1]["step"] == "8000"

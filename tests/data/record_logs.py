@@ -1,5 +1,5 @@
 """Records logs of the main example, for `tests/test_diagnose.py`: of small runs, and of
-one with the default settings."""
+runs with the default settings."""
 
 import csv
 import pathlib
@@ -35,4 +35,4 @@ def shorten(log: pathlib.Path, name: str) -> None:
 if __name__ == "__main__":
     for seed in range(3):
         record(str(seed), f"{SETTINGS} --seed {seed}")
-    record("default", "--log-every 25")
+        record(f"default_{seed}", f"--log-every 25 --seed {seed}")
