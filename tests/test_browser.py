@@ -36,6 +36,7 @@ if MISSING:
 if CHROMIUM is None:
     pytest.skip("needs Chromium: apt-get install chromium", allow_module_level=True)
 
+import jinja2  # noqa: E402
 from playwright.sync_api import (  # noqa: E402
     Browser,
     BrowserContext,
@@ -472,3 +473,32 @@ def test_a_toggle_that_does_nothing_is_seen(serve, context, tmp_path):
     before = palette(page)
     toggle(page)
     assert palette(page) == before
+
+
+#
+# The card that other sites show beside a link
+#
+
+
+def card(repository: str | None, page: object) -> dict[str, str]:
+    """The properties in the head of a page."""
+    theme = (ROOT / "docs/_theme/main.html").read_text()
+    base = "{% block extrahead %}{% endblock %}"
+    loader = jinja2.DictLoader({"main.html": theme, "base.html": base})
+    config = {"repo_url": repository, "site_name": "site", "site_description": "usual"}
+    template = jinja2.Environment(loader=loader).get_template("main.html")
+    head = template.render(config=config, page=page)
+    return dict(re.findall(r'<meta property="og:(.*?)" content="(.*?)">', head))
+
+
+def test_card():
+    """It has an absolute address. Without an address there is no card."""
+    page = {"title": "Guards", "meta": {"description": "Three options."}}
+    properties = card("https://example.org/o/r", page)
+    assert properties["title"] == "Guards - site"
+    assert properties["description"] == "Three options."
+    address, image = properties["image"].split("/raw/main/")
+    assert address == "https://example.org/o/r" and (ROOT / image).is_file()
+    assert card("https://example.org/o/r", {"meta": {}})["description"] == "usual"
+    for nothing in (card(None, page), card("https://example.org/o/r", None)):
+        assert nothing == {}
