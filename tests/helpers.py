@@ -1,6 +1,7 @@
 """A float64 reference in NumPy, test models, and functions to compare trees."""
 
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
+import pytest
 
 from eqx_ademamix import StateFormat, alpha_scheduler, beta3_scheduler
 
@@ -29,6 +31,11 @@ def x64() -> Any:
     from jax import experimental  # before JAX 0.8
 
     return getattr(experimental, "enable_x64")()  # noqa: B009
+
+
+def compiled_programs(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """The names of the functions compiled in `jax.log_compiles()`."""
+    return re.findall(r"Finished XLA compilation of jit\((\w+)\)", caplog.text)
 
 
 #

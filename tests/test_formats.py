@@ -36,6 +36,7 @@ from .helpers import (
     SCHEDULES,
     assert_trees_close,
     buffers,
+    compiled_programs,
     count_traces,
     everywhere,
     loss_of_arrays,
@@ -605,6 +606,19 @@ def test_decoded():
     assert decoded(dense) is not None and eqx.tree_equal(decoded(dense), dense)
     nested = decoded({"inside": (state, 1)})
     assert eqx.tree_equal(nested["inside"][0], dense)
+
+
+def test_decoded_compiles_one_program_for_each_type_of_leaf(
+    caplog: pytest.LogCaptureFixture,
+):
+    """Outside of `jit`. Operations would be about 20 programs each."""
+    optim = AdEMAMix(1e-3, state_format=COMPACT)
+    params = {name: jnp.ones((19, 256)) for name in "abc"}
+    state = eqx_ademamix.init(optim, params)
+    with jax.log_compiles():
+        decoded(state)
+    # The codecs of m1, m2, and nu differ.
+    assert compiled_programs(caplog) == ["_decode"] * 3
 
 
 def test_to_and_from_optax_and_adamw():

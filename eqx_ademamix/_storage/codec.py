@@ -345,14 +345,26 @@ def is_encoded(x: object) -> bool:
 
 def decode(stored: Stored) -> Array:
     """A moment as an array, however it is stored."""
-    return stored.codec.decode(stored) if isinstance(stored, Encoded) else stored
+    return _decode(stored) if isinstance(stored, Encoded) else stored
 
 
 def encode_like(value: Array, like: Stored) -> Stored:
     """Stores a moment in the same way as another, rounded to nearest."""
     if isinstance(like, Encoded):
-        return like.codec.encode(value)
+        return _encode(like.codec, value)
     return rounded(value, like.dtype)
+
+
+# Outside of `jit`, these compile one program for each type of leaf instead of one for
+# each operation.
+@ft.partial(jax.jit, inline=True)
+def _decode(stored: Encoded) -> Array:
+    return stored.codec.decode(stored)
+
+
+@ft.partial(jax.jit, static_argnums=0, inline=True)
+def _encode(codec: AbstractCodec, value: Array) -> Stored:
+    return codec.encode(value)
 
 
 def store(

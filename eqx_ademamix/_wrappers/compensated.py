@@ -1,5 +1,6 @@
 """16-bit parameters that train like float32 parameters."""
 
+import functools as ft
 import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -11,7 +12,7 @@ import jax.tree_util as jtu
 import numpy as np
 from beartype import beartype
 from jax import lax
-from jaxtyping import Array, Float, Int, Int32, PyTree, jaxtyped
+from jaxtyping import Array, Float, Int, Int32, PyTree, UInt32, jaxtyped
 
 from .._checks import (
     check_alive,
@@ -411,14 +412,13 @@ def _wide_or_struct(x: Array | Struct) -> Array | Struct:
 
 
 def _wide(x: Array) -> Array:
-    # Rounded again: if `x` is a sum, XLA may have deferred its rounding.
-    return _in_precision_of(x, x.astype(np.float32)) if _is_16_bit(x) else x
+    return _widened(x) if _is_16_bit(x) else x
 
 
 @jaxtyped(typechecker=beartype)
 def _master(params: ArrayTree, remainder: _Remainders) -> ArrayTree:
     """The float32 parameters."""
-    return jax.tree.map(lambda p, r: _wide(p) + _decode(r, p), params, remainder)
+    return jax.tree.map(_master_leaf, params, remainder)
 
 
 @jaxtyped(typechecker=beartype)
@@ -437,13 +437,33 @@ def _split(
     `keeps_zero`, an update of 0 changes neither the parameter nor the remainder."""
     name = text_hash("remainder")
     leaves = zip(updates, wide, params, remainder, keys, strict=True)
-    split = [_split_leaf(u, w, p, r, (count, key, name)) for u, w, p, r, key in leaves]
+    split = [
+        _split_leaf(u, w, p, r, seed_of((count, key, name)))
+        for u, w, p, r, key in leaves
+    ]
     if keeps_zero:
         old = zip(split, updates, remainder, strict=True)
         split = [_unless_zero(u, new, r) for new, u, r in old]
     return [update for update, _ in split], [r for _, r in split]
 
 
+# Outside of `jit`, these functions compile one program for each type of leaf instead of
+# one for each operation.
+_on_leaf = ft.partial(jax.jit, inline=True)
+
+
+@_on_leaf
+def _widened(x: Array) -> Float[Array, "..."]:
+    # Rounded again: if `x` is a sum, XLA may have deferred its rounding.
+    return _in_precision_of(x, x.astype(np.float32))
+
+
+@_on_leaf
+def _master_leaf(p: Array, r: Array) -> Float[Array, "..."]:
+    return _wide(p) + _decode(r, p)
+
+
+@_on_leaf
 def _unless_zero(u: Array, new: tuple[Array, Array], r: Array) -> tuple[Array, Array]:
     """A new update and remainder, or -0 and the old remainder where `u` is 0."""
     update, remainder = new
@@ -452,15 +472,16 @@ def _unless_zero(u: Array, new: tuple[Array, Array], r: Array) -> tuple[Array, A
     return update, jnp.where(is_zero, r, remainder)
 
 
+@_on_leaf
 def _split_leaf(
-    u: Array, wide: Array, p: Array, r: Array, key: tuple[Array, int, int]
+    u: Array, wide: Array, p: Array, r: Array, seed: UInt32[Array, ""]
 ) -> tuple[Array, Array]:
     target = wide + u.astype(np.float32)
     rounded, before = _in_precision_of(p, target), _wide(p)
     # An infinite parameter stays as it is, although infinity minus itself is a NaN.
     update = jnp.where(rounded == before, 0, _in_precision_of(p, rounded - before))
     after = _in_precision_of(p, before + update)
-    return update.astype(p.dtype), _encode(target - after, after, p, r, key)
+    return update.astype(p.dtype), _encode(target - after, after, p, r, seed)
 
 
 def _in_precision_of(p: Array, x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -513,9 +534,9 @@ _CODES = {
 
 
 def _encode(
-    rest: Array, after: Array, p: Array, r: Array, key: tuple[Array, int, int]
+    rest: Array, after: Array, p: Array, r: Array, seed: UInt32[Array, ""]
 ) -> Array:
-    codes, chance = _CODES[r.dtype.itemsize], uniform(seed_of(key), p.shape)
+    codes, chance = _CODES[r.dtype.itemsize], uniform(seed, p.shape)
     parts = jnp.abs(rest) / _last_place(after, p.dtype) * codes.parts
     code = up_or_down(_position(parts, codes), chance)
     code = jnp.where(jnp.isfinite(rest), jnp.minimum(code, codes.top), 0)
