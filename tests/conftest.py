@@ -25,7 +25,7 @@ def compile_once(tmp_path_factory: pytest.TempPathFactory):
     not write the files of a cache atomically."""
     options = {
         "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")),
-        "jax_persistent_cache_min_compile_time_secs": 0.1,
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
     }
     with pytest.MonkeyPatch.context() as patch:
         for name, value in options.items():
