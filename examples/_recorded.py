@@ -28,7 +28,7 @@ def meaning(config: Config, fingerprint: str) -> str:
             "on the version of Python.",
         ]
     lines += [
-        "The README's table has losses on one half of these files, the half that was",
+        "The README's plot has losses on one half of these files, the half that was",
         "not used to choose the learning rate. They are lower.",
     ]
     return "\n".join(lines)
