@@ -66,11 +66,12 @@ class BetterConfig(Config):
     plot: Path | None = None
     """Path of the loss plot. The default is OUT/train_better.png."""
     rates: tuple[float, ...] = (2e-3, 4e-3, 8e-3, 16e-3)
-    """The first peak learning rates to try, in steps of a constant factor."""
+    """The first peak learning rates to try, in steps of a constant factor.
+    A single one is enough if `most_rates` is 1."""
     most_rates: int = 7
     """The maximum number of learning rates to try.
     The table shows whether the best one is still at the edge."""
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4, 5)
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 7)
     """The seeds. The first one selects the learning rates. All are reported."""
     longer_seeds: int = 3
     """The number of seeds, from the first, with which AdamW also trains for longer."""
@@ -85,7 +86,8 @@ class BetterConfig(Config):
 
     def __post_init__(self):
         super().__post_init__()
-        if len(self.rates) < 2 or list(self.rates) != sorted(set(self.rates)):
+        enough = 1 if self.most_rates == 1 else 2
+        if len(self.rates) < enough or list(self.rates) != sorted(set(self.rates)):
             raise ValueError(
                 f"rates is {self.rates}, but must be two or more increasing numbers"
             )
@@ -225,11 +227,18 @@ def is_as_good(runs: Sequence[Result], others: Sequence[Result]) -> bool:
     return all(loss <= other for loss, other in pairs)
 
 
-def recorded(path: Path) -> Comparison:
+# Runs that are twice as long. Their learning rate is the best one of the shorter runs,
+# for both optimizers.
+LONG = BetterConfig(
+    steps=16_000, seeds=(0, 1, 2), rates=(8e-3,), most_rates=1, longer=()
+)
+
+
+def recorded(path: Path, config: BetterConfig | None = None) -> Comparison:
     """The comparison of the finished runs in a file, whatever text they used."""
     ledger = Ledger(path)
     text: Any = types.SimpleNamespace(fingerprint=ledger.results[0].settings["text"])
-    experiment = Experiment(BetterConfig(), text)
+    experiment = Experiment(config or BetterConfig(), text)
     experiment.ledger = ledger
     return experiment.run()
 

@@ -314,10 +314,14 @@ def test_the_page_says_what_the_experiment_found(
     """The tables match the runs in `docs/train_better.jsonl`."""
     train_better, comparison = module("train_better"), module("_comparison")
     monkeypatch.setattr(train_better, "train", None)  # nothing is left to train
-    tables = comparison.summary(train_better.recorded(DOCS / "train_better.jsonl"))
-    page = (DOCS / "reproductions.md").read_text()
+    path, page = DOCS / "train_better.jsonl", (DOCS / "reproductions.md").read_text()
+    tables = comparison.summary(train_better.recorded(path))
     rows = [line for line in tables.splitlines() if line.startswith("|")]
-    assert len(rows) == 29
+    assert len(rows) == 31
+    tables = comparison.summary(train_better.recorded(path, train_better.LONG))
+    paired = tables.split("Longer runs")[0].split("At the best rate")[1]
+    rows += [line for line in paired.splitlines() if line.startswith("|")]
+    assert len(rows) == 31 + 7
     for row in rows:
         assert row in page
 
@@ -338,6 +342,8 @@ def test_text_to_choose_by_and_text_to_report_do_not_meet(module: Any):
     ("options", "error"),
     (
         ({"rates": (2e-3, 1e-3)}, "must be two or more increasing numbers"),
+        ({"rates": (2e-3,)}, "must be two or more increasing numbers"),
+        ({"rates": (), "most_rates": 1}, "must be two or more increasing numbers"),
         ({"seeds": ()}, "seeds is empty"),
         ({"longer_seeds": 0}, "longer_seeds is 0, but must be >= 1"),
         ({"longer": (0.5,)}, "must be increasing factors above 1"),
