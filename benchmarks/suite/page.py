@@ -39,11 +39,8 @@ def page(results: Results) -> str:
 
 def machine(results: Results) -> str:
     """What it was measured on."""
-    rows = [
-        *results["machine"].items(),
-        ("duration of the run", f"{results['seconds']} s"),
-    ]
-    return text.table(("measured on", ""), rows)
+    facts = results["machine"] | {"duration of the run": f"{results['seconds']} s"}
+    return "; ".join(f"{name}: {value}" for name, value in facts.items())
 
 
 def missing(results: Results) -> str:
