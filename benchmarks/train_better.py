@@ -89,7 +89,8 @@ class BetterConfig(Config):
         enough = 1 if self.most_rates == 1 else 2
         if len(self.rates) < enough or list(self.rates) != sorted(set(self.rates)):
             raise ValueError(
-                f"rates is {self.rates}, but must be two or more increasing numbers"
+                f"rates is {self.rates}, but must be two or more increasing numbers, "
+                "or a single number with most_rates=1"
             )
         if not self.seeds:
             raise ValueError("seeds is empty, but at least one is needed")

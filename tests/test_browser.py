@@ -496,7 +496,8 @@ def card(repository: str | None, page: object) -> dict[str, str]:
 
 
 def test_card():
-    """It has an absolute address. Without an address there is no card."""
+    """The card links to its image with an absolute URL, so a site without a repository
+    URL has no card."""
     page = {"title": "Guards", "meta": {"description": "Three options."}}
     properties = card("https://example.org/o/r", page)
     assert properties["title"] == "Guards - site"

@@ -611,7 +611,7 @@ def test_decoded():
 def test_decoded_compiles_one_program_for_each_type_of_leaf(
     caplog: pytest.LogCaptureFixture,
 ):
-    """Outside of `jit`. Operations would be about 20 programs each."""
+    """Also outside of `jit`, where JAX otherwise compiles each operation."""
     optim = AdEMAMix(1e-3, state_format=COMPACT)
     params = {name: jnp.ones((19, 256)) for name in "abc"}
     state = eqx_ademamix.init(optim, params)
