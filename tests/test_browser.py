@@ -316,35 +316,39 @@ def problems_of(found: Visit, site: Site) -> list[str]:
     ]
 
 
-@pytest.fixture
-def screenshots(tmp_path: pathlib.Path) -> pathlib.Path:
-    """The folder for screenshots of the site."""
-    folder = os.environ.get("EQX_ADEMAMIX_SCREENSHOTS")
-    return pathlib.Path(folder) if folder else tmp_path
+# The folder for screenshots of all pages in both palettes, if they are wanted. They take
+# more time than the checks.
+SCREENSHOTS = os.environ.get("EQX_ADEMAMIX_SCREENSHOTS")
+
+
+def take_screenshots(page: Page, name: str) -> None:
+    for _ in range(2):
+        scheme, _ = palette(page)
+        path = pathlib.Path(str(SCREENSHOTS), f"{name}-{scheme}.png")
+        page.screenshot(path=path, full_page=True, animations="disabled")
+        toggle(page)
+
+
+SOURCES = sorted((ROOT / "docs").glob("**/*.md"))
+NAMES = [path.relative_to(ROOT / "docs").with_suffix("").as_posix() for path in SOURCES]
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_pages(
-    site: Site, context: BrowserContext, width: str, screenshots: pathlib.Path
-):
-    problems: list[str] = []
-    for name in site.pages:
-        found = visit(context, f"{site.address}/{name}")
-        problems += [f"{name}: {problem}" for problem in problems_of(found, site)]
-        if width == "desktop":
-            # Elsewhere, the output of an example may be wide.
-            parts = "*" if name.startswith("api/") else ".md-typeset__scrollwrap"
-            wide = scrolling(found.page, parts)
-            problems += [f"{name}: scrolls: {x}" for x in wide]
-        picture = name.removesuffix(".html").replace("/", "-")
-        for _ in range(2):
-            scheme, _ = palette(found.page)
-            path = screenshots / f"{picture}-{width}-{scheme}.png"
-            found.page.screenshot(path=path, full_page=True, animations="disabled")
-            toggle(found.page)
-        found.page.close()
+@pytest.mark.parametrize("name", ["404", *NAMES])
+def test_page(site: Site, context: BrowserContext, name: str, width: str):
+    found = visit(context, f"{site.address}/{name}.html")
+    problems = problems_of(found, site)
+    if width == "desktop":
+        # Elsewhere, the output of an example may be wide.
+        parts = "*" if name.startswith("api/") else ".md-typeset__scrollwrap"
+        problems += [f"scrolls: {x}" for x in scrolling(found.page, parts)]
+    if SCREENSHOTS:
+        take_screenshots(found.page, f"{name.replace('/', '-')}-{width}")
     assert problems == []
-    assert len(site.pages) > len([*(ROOT / "docs").glob("**/*.md")])  # and 404.html
+
+
+def test_all_pages_are_tested(site: Site):
+    assert site.pages == sorted(f"{name}.html" for name in ["404", *NAMES])
 
 
 @pytest.mark.parametrize("width", WIDTHS)
