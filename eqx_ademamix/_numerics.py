@@ -278,6 +278,12 @@ def path_words(path: str) -> np.ndarray:
     return np.array([word, (word + 1) % 2**32], np.uint32)
 
 
+def path_word(count: Integer[Array, ""], path: UInt32[Array, "2"]) -> UInt32[Array, ""]:
+    """The hash of a path, from what `path_words` gives. It is the same at any count."""
+    parity = count.astype(np.uint32) & np.uint32(1)
+    return path[parity] - parity
+
+
 def evenly_spread(
     start: UInt32[Array, "..."], shape: tuple[int, ...]
 ) -> UInt32[Array, "..."]:

@@ -316,7 +316,7 @@ def problems_of(found: Visit, site: Site) -> list[str]:
     ]
 
 
-# The folder for screenshots of all pages in both palettes, if they are wanted. They take
+# The folder for screenshots of all pages in both palettes, if you want them. They take
 # more time than the checks.
 SCREENSHOTS = os.environ.get("EQX_ADEMAMIX_SCREENSHOTS")
 

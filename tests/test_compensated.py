@@ -18,6 +18,7 @@ from eqx_ademamix import (
     CompensatedState,
     SimplifiedAdEMAMix,
 )
+from eqx_ademamix._numerics import path_words
 
 from .helpers import (
     COMPACT,
@@ -245,7 +246,8 @@ def test_several_steps_in_one_program(inner: str):
         updates, state = optim.update(grads, state, params)
         return eqx.apply_updates(params, updates), state
 
-    # With a fourth step, jax 0.12 takes minutes to compile this on a CPU.
+    # With a fourth step, jax 0.12 takes minutes to compile this on a CPU: the time that
+    # LLVM's loop vectorizer takes (in `onlyFirstLaneUsed`) is exponential in the steps.
     length = 4 if jax.__version_info__ < (0, 11) else 3
 
     def several(params: Any, state: Any, key: Any) -> Any:
@@ -409,7 +411,7 @@ def test_the_typed_core():
 
     split = getattr(core, "_split")  # noqa: B009
     good, wide = [jnp.ones(3, jnp.bfloat16)], [jnp.ones(3)]
-    keys, count = [0], jnp.zeros((), jnp.int32)
+    keys, count = [path_words("")], jnp.zeros((), jnp.int32)
     split(wide, wide, good, [jnp.ones(3, jnp.int16)], keys, count)
     with pytest.raises(TypeError):
         split(wide, wide, good, [jnp.ones(2, jnp.int16)], keys, count)

@@ -27,7 +27,7 @@ BOUNDS = (IN_PLACE, C_LOOP)
 ALL = (BASELINE, *OURS, *PEERS, *BOUNDS)
 MAIN = (BASELINE, FLOAT32, COMPACT, ADAMW, *BOUNDS)
 COMPILED = (BASELINE, FLOAT32, COMPACT, NO_M1)
-# With 512 leaves, a codec takes a minute to compile, and `Compensated` takes longer.
+# With 512 leaves, each of these takes most of a minute to compile.
 SLOW_TO_COMPILE = (HALF, COMPENSATED)
 
 

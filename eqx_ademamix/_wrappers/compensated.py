@@ -1,6 +1,5 @@
 """16-bit parameters that train like float32 parameters."""
 
-import functools as ft
 import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -30,6 +29,8 @@ from .._numerics import (
     DType,
     as_array,
     fingerprint,
+    path_word,
+    path_words,
     seed_of,
     text_hash,
     uniform,
@@ -352,8 +353,8 @@ def _places(like: Leaves) -> list[Path]:
     return [path for path, r in pairs if r is not None]
 
 
-def _keys(like: Leaves) -> list[int]:
-    return [text_hash(jtu.keystr(path)) for path in _places(like)]
+def _keys(like: Leaves) -> list[np.ndarray]:
+    return [path_words(jtu.keystr(path)) for path in _places(like)]
 
 
 def _check_remainders(
@@ -427,19 +428,17 @@ def _split(
     wide: ArrayTree,
     params: ArrayTree,
     remainder: _Remainders,
-    keys: PyTree[int],
+    keys: Sequence[np.ndarray],
     count: Int32[Array, ""],
     *,
     keeps_zero: bool = False,
 ) -> tuple[ArrayTree, _Remainders]:
     """Splits updates into those that 16-bit parameters take, and new remainders. The
-    arguments are lists of leaves, and `keys` are hashes of the leaves' paths. With
+    arguments are lists of leaves, and `keys` are from the leaves' paths. With
     `keeps_zero`, an update of 0 changes neither the parameter nor the remainder."""
-    name = text_hash("remainder")
     leaves = zip(updates, wide, params, remainder, keys, strict=True)
     split = [
-        _split_leaf(u, w, p, r, seed_of((count, key, name)))
-        for u, w, p, r, key in leaves
+        _split_leaf(u, w, p, r, jnp.asarray(key), count) for u, w, p, r, key in leaves
     ]
     if keeps_zero:
         old = zip(split, updates, remainder, strict=True)
@@ -447,23 +446,23 @@ def _split(
     return [update for update, _ in split], [r for _, r in split]
 
 
-# Outside of `jit`, these functions compile one program for each type of leaf instead of
-# one for each operation.
-_on_leaf = ft.partial(jax.jit, inline=True)
+# The functions of one leaf are jitted, so that all leaves of one type are traced and
+# lowered once. Outside of `jit`, they compile one program for each type of leaf instead
+# of one for each operation.
 
 
-@_on_leaf
+@jax.jit
 def _widened(x: Array) -> Float[Array, "..."]:
     # Rounded again: if `x` is a sum, XLA may have deferred its rounding.
     return _in_precision_of(x, x.astype(np.float32))
 
 
-@_on_leaf
+@jax.jit
 def _master_leaf(p: Array, r: Array) -> Float[Array, "..."]:
     return _wide(p) + _decode(r, p)
 
 
-@_on_leaf
+@jax.jit
 def _unless_zero(u: Array, new: tuple[Array, Array], r: Array) -> tuple[Array, Array]:
     """A new update and remainder, or -0 and the old remainder where `u` is 0."""
     update, remainder = new
@@ -472,10 +471,11 @@ def _unless_zero(u: Array, new: tuple[Array, Array], r: Array) -> tuple[Array, A
     return update, jnp.where(is_zero, r, remainder)
 
 
-@_on_leaf
+@jax.jit
 def _split_leaf(
-    u: Array, wide: Array, p: Array, r: Array, seed: UInt32[Array, ""]
+    u: Array, wide: Array, p: Array, r: Array, key: Array, count: Int32[Array, ""]
 ) -> tuple[Array, Array]:
+    seed = seed_of((count, path_word(count, key), text_hash("remainder")))
     target = wide + u.astype(np.float32)
     rounded, before = _in_precision_of(p, target), _wide(p)
     # An infinite parameter stays as it is, although infinity minus itself is a NaN.
