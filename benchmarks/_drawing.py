@@ -32,6 +32,12 @@ def panels(count: int, width: float = 9.6, height: float = 4.0, **kwargs: Any) -
     return figure, figure.subplots(1, count, squeeze=False, **kwargs)[0]
 
 
+def stack(count: int, width: float, height: float, **kwargs: Any) -> Any:
+    """A figure and a column of axes, which a phone can show without shrinking it."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(count, 1, squeeze=False, **kwargs)[:, 0]
+
+
 def mosaic(layout: str, width: float, height: float) -> Any:
     """A figure and its axes, keyed by the letters of the layout."""
     figure = Figure(figsize=(width, height), layout="constrained")

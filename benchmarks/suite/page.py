@@ -57,12 +57,12 @@ IMAGES = {
         "12. The tables below have all numbers."
     ),
     "host": (
-        "Host time against the number of leaves. Left: divided by that of "
-        "optax.contrib.ademamix. Right: in seconds."
+        "Host time against the number of leaves. Top: divided by that of "
+        "optax.contrib.ademamix. Bottom: in seconds."
     ),
     "compile": (
-        "Time to trace, lower and compile a step against the number of leaves. Left: "
-        "divided by that of optax.contrib.ademamix. Right: in seconds."
+        "Time to trace, lower and compile a step against the number of leaves. Top: "
+        "divided by that of optax.contrib.ademamix. Bottom: in seconds."
     ),
 }
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from _drawing import panels, save
+from _drawing import save, stack
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
@@ -40,11 +40,14 @@ STYLES: dict[str, dict[str, Any]] = {
 # Ticks for axes of ratios and of times, by the largest range that they suit.
 RATIOS: dict[float, tuple[float, ...]] = {
     3: (0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.3, 1.4, 1.6, 1.8, 2),
-    100: (0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10, 15, 20),
+    100: tuple(x * 10.0**k for k in range(-2, 2) for x in (1, 1.5, 2, 3, 5, 7)),
     math.inf: (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100),
 }
 # With small leaves, the bounds are far below optax. The tables give those numbers.
 STEP_LIMITS = 0.2, 12.0
+RATIO = "ratio to optax.contrib.ademamix"
+# In inches.
+WIDTH, PANEL, LEGEND = 5.4, 3.2, 1.0
 TIMES: dict[float, tuple[float, ...]] = {
     10: tuple(x * 10.0**k for k in range(-7, 4) for x in (1, 1.5, 2, 3, 5, 7)),
     math.inf: tuple(x * 10.0**k for k in range(-7, 4) for x in (1, 2, 5)),
@@ -61,43 +64,43 @@ def draw(results: Results, folder: Path) -> None:
 def steps(found: Sequence[Case]) -> Figure:
     """One panel for each number of leaves."""
     counts = sorted({case["case"]["leaves"] for case in found})
-    figure, axes = panels(len(counts), width=11.0, height=4.8, sharey=True)
+    height = PANEL * len(counts) + LEGEND
+    figure, axes = stack(len(counts), WIDTH, height, sharex=True)
     for ax, count in zip(axes, counts, strict=True):
         some = [case for case in found if case["case"]["leaves"] == count]
         for side in sides_of(some):
             if side != cases.BITSANDBYTES:  # far above the limits
                 plot_ratios(ax, *series(some, side, "step", "parameters"), side)
-        ax.set(title=text.leaves(count), xlabel="parameters", xscale="log")
+        ax.set(title=f"step time, {text.leaves(count)}", ylabel=RATIO, xscale="log")
     for ax in axes:
         ax.set_ylim(STEP_LIMITS)
         ratio_axis(ax)
-    axes[0].set_ylabel("step time / time of optax.contrib.ademamix")
+    axes[-1].set_xlabel("parameters")
     legend_below(figure, axes)
     return figure
 
 
 def hosts(found: Sequence[Case]) -> Figure:
-    return beside(found, "call", "host time of a training step")
+    return ratios_and_times(found, "call", "host time of a training step")
 
 
 def compiles(found: Sequence[Case]) -> Figure:
-    return beside(found, "all", "time to trace, lower and compile")
+    return ratios_and_times(found, "all", "time to trace, lower and compile")
 
 
-def beside(found: Sequence[Case], quantity: str, title: str) -> Figure:
-    """The ratios by number of leaves, and the times next to them."""
-    figure, (left, right) = panels(2, width=11.0, height=4.4)
+def ratios_and_times(found: Sequence[Case], quantity: str, title: str) -> Figure:
+    """The ratios by number of leaves, and the times below them."""
+    figure, (upper, lower) = stack(2, WIDTH, 2 * PANEL + LEGEND)
     for side in sides_of(found):
         counts, times = series(found, side, quantity)
-        plot_ratios(left, counts, times, side)
-        right.plot(counts, [x["median"] for x in times], ms=5, **STYLES[side])
-    for ax in (left, right):
+        plot_ratios(upper, counts, times, side)
+        lower.plot(counts, [x["median"] for x in times], ms=5, **STYLES[side])
+    for ax in (upper, lower):
         leaves_axis(ax, sorted(case["case"]["leaves"] for case in found))
-    ratio_axis(left)
-    time_axis(right)
-    left.set(title=title, ylabel="ratio to optax.contrib.ademamix")
-    right.set(title=title)
-    legend_below(figure, [left])
+    ratio_axis(upper)
+    time_axis(lower)
+    upper.set(title=title, ylabel=RATIO)
+    legend_below(figure, [upper])
     return figure
 
 
@@ -163,7 +166,7 @@ def legend_below(figure: Figure, axes: Sequence[Axes]) -> None:
         list(found.values()),
         list(found),
         loc="outside lower center",
-        ncols=math.ceil(len(found) / math.ceil(len(found) / 4)),
+        ncols=2,
         frameon=False,
         fontsize="small",
     )
