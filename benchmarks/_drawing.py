@@ -33,7 +33,7 @@ def panels(count: int, width: float = 9.6, height: float = 4.0, **kwargs: Any) -
 
 
 def stack(count: int, width: float, height: float, **kwargs: Any) -> Any:
-    """A figure and a column of axes, which a phone can show without shrinking it."""
+    """A figure and a column of axes. If it is narrow, a phone hardly shrinks it."""
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(count, 1, squeeze=False, **kwargs)[:, 0]
 

@@ -321,10 +321,10 @@ def problems_of(found: Visit, site: Site) -> list[str]:
 SCREENSHOTS = os.environ.get("EQX_ADEMAMIX_SCREENSHOTS")
 
 
-def take_screenshots(page: Page, name: str) -> None:
+def take_screenshots(page: Page, start: str) -> None:
+    """In both palettes. Their paths begin with `start`."""
     for _ in range(2):
-        scheme, _ = palette(page)
-        path = pathlib.Path(str(SCREENSHOTS), f"{name}-{scheme}.png")
+        path = f"{start}-{palette(page)[0]}.png"
         page.screenshot(path=path, full_page=True, animations="disabled")
         toggle(page)
 
@@ -343,7 +343,8 @@ def test_page(site: Site, context: BrowserContext, name: str, width: str):
         parts = "*" if name.startswith("api/") else ".md-typeset__scrollwrap"
         problems += [f"scrolls: {x}" for x in scrolling(found.page, parts)]
     if SCREENSHOTS:
-        take_screenshots(found.page, f"{name.replace('/', '-')}-{width}")
+        start = f"{SCREENSHOTS}/{name.replace('/', '-')}-{width}"
+        take_screenshots(found.page, start)
     assert problems == []
 
 

@@ -382,8 +382,8 @@ def test_no_temporaries_in_float32(optim: Any):
 
 
 def test_results_in_another_order_are_copied():
-    """The FAQ says how much that takes: three arrays of float32. (jax 0.4.27 reports
-    all sizes on a CPU as 0.)"""
+    """The FAQ says how much that takes at most: three arrays of float32. (jax 0.4.27
+    reports all sizes on a CPU as 0.)"""
     memory = memory_of(AdEMAMix(1e-3), state_first=True)
     least = 12 * 512 * 256 if memory.argument_size_in_bytes else 0
     assert least <= memory.temp_size_in_bytes <= least + 4096

@@ -15,7 +15,7 @@ import pytest
 
 import eqx_ademamix
 from eqx_ademamix import AdEMAMix, Compensated, SimplifiedAdEMAMix, SplitBfloat16
-from eqx_ademamix._numerics import text_hash
+from eqx_ademamix._numerics import path_word, path_words, text_hash
 
 from .helpers import COMPACT, everywhere
 
@@ -153,6 +153,13 @@ def test_equal_leaves_share_kernels(name: str):
         return len(set(kernels(step.lower(*args).compile())))
 
     assert (distinct(3) == distinct(8)) is (jax.__version_info__ >= (0, 7, 1))
+
+
+@pytest.mark.parametrize("count", (0, 1, 2, 2**31 - 1))
+def test_the_hash_of_a_path_is_the_same_at_any_count(count: int):
+    for path in ("['w']", "['b']"):
+        words = jnp.asarray(path_words(path))
+        assert path_word(jnp.asarray(count, jnp.int32), words) == text_hash(path)
 
 
 def test_the_hash_of_a_path_is_stable():

@@ -45,13 +45,13 @@ RATIOS: dict[float, tuple[float, ...]] = {
 }
 # With small leaves, the bounds are far below optax. The tables give those numbers.
 STEP_LIMITS = 0.2, 12.0
-RATIO = "ratio to optax.contrib.ademamix"
-# In inches.
-WIDTH, PANEL, LEGEND = 5.4, 3.2, 1.0
 TIMES: dict[float, tuple[float, ...]] = {
     10: tuple(x * 10.0**k for k in range(-7, 4) for x in (1, 1.5, 2, 3, 5, 7)),
     math.inf: tuple(x * 10.0**k for k in range(-7, 4) for x in (1, 2, 5)),
 }
+RATIO = "ratio to optax.contrib.ademamix"
+# The width of a figure, the height of a panel, and that of the legend, in inches.
+WIDTH, PANEL, LEGEND = 5.4, 3.2, 1.0
 
 
 def draw(results: Results, folder: Path) -> None:

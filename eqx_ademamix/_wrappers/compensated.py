@@ -434,7 +434,7 @@ def _split(
     keeps_zero: bool = False,
 ) -> tuple[ArrayTree, _Remainders]:
     """Splits updates into those that 16-bit parameters take, and new remainders. The
-    arguments are lists of leaves, and `keys` are from the leaves' paths. With
+    arguments are lists of leaves, and `keys` are the words of the leaves' paths. With
     `keeps_zero`, an update of 0 changes neither the parameter nor the remainder."""
     leaves = zip(updates, wide, params, remainder, keys, strict=True)
     split = [
