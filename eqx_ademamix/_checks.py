@@ -368,9 +368,9 @@ def _raise_unwanted_m1(path: Path, m1: Node) -> NoReturn:
                 "with `b1=0` stores no `m1`. Was `init` called with another optimizer?"
             )
     raise ValueError(
-        f"state.m1 is {describe(m1)}, but with `b1=0` it has the structure of state.m2 "
-        "with None at every leaf. Pass on the state as `init` of this optimizer or the "
-        "last `update` returned it."
+        f"state.m1 is {describe(m1)}, but with `b1=0` it must have the structure of "
+        "state.m2 with None at every leaf. Pass on the state as `init` of this "
+        "optimizer or the last `update` returned it."
     )
 
 

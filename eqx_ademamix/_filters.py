@@ -92,8 +92,8 @@ def _check_is_for_leaves(spec: Node, arrays: PyTree, name: str, path: Path) -> N
     or_else = "" if name == "trainable" else ", or use `decay_mask(model)`"
     raise TypeError(
         f"{name}{path_text(path)} is {describe(spec)}, which returns a tree of bools, "
-        "as a mask of optax does, but a callable gets one array at a time here: pass "
-        "the tree `mask(params)` instead, with `params = eqx.filter(model, "
+        "as an optax mask does, but a callable gets one array at a time here: pass the "
+        "tree `mask(params)` instead, with `params = eqx.filter(model, "
         f"eqx.is_inexact_array)`{or_else}."
     )
 

@@ -480,8 +480,8 @@ def _moment_optimizer(
         within = "" if inner is optim else f" around {describe(inner)}"
         raise TypeError(
             f"`optim` is {describe(optim)}{within}, but an optimizer of this package "
-            "was expected. Pass the optimizer of this package that is inside, for "
-            "example the `AdEMAMix` of a chain. `state` may be the state of the chain."
+            "was expected. Pass the optimizer of this package that it contains, for "
+            "example the `AdEMAMix` in a chain. `state` may be the state of the chain."
         )
     return inner, inner.state_type
 

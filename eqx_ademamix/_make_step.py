@@ -424,7 +424,7 @@ def _check_aux(aux: PyTree) -> None:
         if not _is_traceable(x):
             raise TypeError(
                 f"aux{path_text(path)} is {describe(x)}, but `loss_fn` can return only "
-                "arrays and numbers beside the loss, since it is compiled."
+                "arrays and numbers besides the loss, since it is compiled."
             )
 
 

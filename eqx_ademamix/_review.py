@@ -105,8 +105,8 @@ def review(optim: _Member | Sequence[_Member], *, num_steps: int) -> list[str]:
     A list of sentences, empty if all is well. Schedules are called at a few steps: at
     the beginning, middle, and end of the run. All except the warm-ups of
     [`eqx_ademamix.alpha_scheduler`][] and [`eqx_ademamix.beta3_scheduler`][] are also
-    called after one half-life of `b3` and far beyond the end. Only these values of
-    theirs are known.
+    called after one half-life of `b3` and far beyond the end. So a report
+    covers only these values.
 
     **Raises:**
 
@@ -441,8 +441,9 @@ def _decays_everything(run: _Run) -> Iterator[str]:
     decay = max(_value_at("weight_decay", value, step) for step in steps)
     if decay > 0 and run.optim.weight_decay_mask is True:
         yield (
-            f"`weight_decay` is {decay:.6g} and acts on every array, also on biases "
-            "and normalization layers. Pass `weight_decay_mask=decay_mask(model)`."
+            f"`weight_decay` is {decay:.6g} and acts on every array, including "
+            "biases and normalization layers. Pass "
+            "`weight_decay_mask=decay_mask(model)`."
         )
 
 

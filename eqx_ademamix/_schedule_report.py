@@ -148,8 +148,8 @@ def _checked(optim: object, num_steps: object) -> tuple[Any, int]:
     if not isinstance(inner, AbstractMomentOptimizer):
         raise TypeError(
             f"`optim` is {describe(inner)}, but an `AdEMAMix` or a "
-            "`SimplifiedAdEMAMix` was expected. Pass the one that is inside, for "
-            "example of a chain."
+            "`SimplifiedAdEMAMix` was expected. Pass the one that the "
+            "chain or wrapper contains."
         )
     return inner, positive_int("num_steps", num_steps)
 

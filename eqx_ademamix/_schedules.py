@@ -335,8 +335,8 @@ def _check_start(
     if is_zero(warmup) and float(start) > float(end):
         raise ValueError(
             f"`{name}` is {float(start):g}, above the final value {float(end):g}, but "
-            "without a warm-up it has no effect. Was the length of the warm-up meant? "
-            "Pass that as `warmup=...`."
+            "without a warm-up it has no effect. Did you mean the length of the "
+            "warm-up? Pass that as `warmup=...`."
         )
 
 
@@ -453,10 +453,10 @@ def log_time_beta_scheduler(
     \beta(t) = 1 - \frac{\delta}{\delta + t}
     $$
 
-    The average always covers about the same share of the run so far: its mean age
-    is about $t / \delta$ steps. It can be used for `b1`, `b2` and `b3`. At step 0,
-    $\beta = 0$: the average begins as the first gradient, so no bias remains from its
-    initial zero.
+    The average always covers about the same share of the run so far: its mean age is
+    about $t / \delta$ steps. You can use this schedule for `b1`, `b2`, and `b3`. At
+    step 0, $\beta = 0$: the average begins as the first gradient, so no bias remains
+    from its initial zero.
 
     The paper uses it for $\beta_1$ and $\beta_2$ of its own optimizer. In its
     experiments with AdEMAMix, $\beta_3$ is the usual warm-up to $1 - \delta / T$ at the
@@ -510,14 +510,14 @@ def power_alpha_scheduler(
     PyTorch multiplies the momentum by $1 + (1 + t)^{1 - \kappa}$, and the one in JAX by
     $1 + \max(t, 1)^{1 - \kappa}$. In the paper's own optimizer, this 1 is the weight of
     the only average. AdEMAMix already has the fast average with weight 1, so the 1 is
-    left out here. In its experiments with AdEMAMix, $\alpha$ rises linearly to
+    left out here. In the paper's experiments with AdEMAMix, $\alpha$ rises linearly to
     $T^{1 - \kappa}$ at the end of a run of $T$ steps: that is
     `alpha_scheduler(T**0.15, warmup=T)`.
 
     **Arguments:**
 
-    - `kappa`: $\kappa$, in [0, 1]. The paper finds a value of about 0.85, and that 0.75
-        to 0.9 works.
+    - `kappa`: $\kappa$, in [0, 1]. The paper finds a value of about 0.85, and reports
+        that 0.75 to 0.9 works.
     - `scale`: $c$, at least 0.
     - `offset`: a number that is added to the step, as in
         [`eqx_ademamix.log_time_beta_scheduler`][].
@@ -561,8 +561,8 @@ def log_time_weight_decay_scheduler(
     function has the form of the code. With `timescale=1`, it is the paper's, since the
     first step here is step 0.
 
-    The decay there does not depend on the peak of the learning rate, but follows its
-    shape $\gamma(t) = \eta(t) / \eta_\text{max}$: the parameters shrink by
+    In the paper, the decay does not depend on the peak of the learning rate, but
+    follows its shape $\gamma(t) = \eta(t) / \eta_\text{max}$: the parameters shrink by
     $\gamma(t) \, \lambda(t)$. `AdEMAMix` multiplies `weight_decay` by the learning rate
     $\eta(t)$, so pass $\omega / \eta_\text{max}$ as `omega`, as in the example. With
     `decoupled_weight_decay=True`, the decay does not follow the learning rate.

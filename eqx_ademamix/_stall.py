@@ -79,9 +79,10 @@ def stall_report(
         $\Delta(m) / 2$ is between $|m| / 512$ and $|m| / 256$. The same step stalls
         again and again: the change is lost for good.
     - [`eqx_ademamix.ScaledFloat8`][], [`eqx_ademamix.ScaledFloat16`][] and
-        [`eqx_ademamix.SplitBfloat16`][] round at random or in turn. One step may leave
-        a code unchanged, but the mean change is correct, so nothing stalls, except for
-        a `nu` below the smallest number of its block, which cannot decay further.
+        [`eqx_ademamix.SplitBfloat16`][] round at random, or up and down
+        alternately. One step may leave a code unchanged, but the mean change is
+        correct, so nothing stalls, except for a `nu` below the smallest number of its
+        block, which cannot decay further.
     - Your own codec is tested: if what it reads back does not depend on the key, it
         rounds to nearest. Otherwise it counts as exact in the mean, within the range of
         its numbers.

@@ -702,7 +702,7 @@ ERRORS: dict[str, Any] = {
     "a negative Adam": (
         lambda: from_adamw(negative(optax.adam(1e-3).init(PARAMS), 0), OURS, PARAMS),
         r"opt_state\.nu\['w'\] has a negative entry \(in float32\), but real numbers >= 0 were "
-        r"expected\. Did the run diverge\?",
+        r"expected\. If the run diverged, convert",
     ),
     "torch: half a step": (
         torch(torch_state(step=3.5)),

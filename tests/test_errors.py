@@ -1520,7 +1520,7 @@ CASES = (
         lambda: update(
             COMPENSATED, GRADS16, put(STATE16, lambda s: s.remainder, None), MODEL16
         ),
-        "state.remainder is None, but it has the structure of the parameters",
+        "state.remainder is None, but it must have the structure of the parameters",
     ),
     (
         "gradients that broadcast, optax",
@@ -1548,7 +1548,7 @@ CASES = (
         "hyperparams of a chain",
         lambda: hyperparams(optax.chain(OPTIM), STATE),
         "`optim` is a `GradientTransformationExtraArgs`, but an optimizer of this package was "
-        "expected. Pass the optimizer of this package that is inside",
+        "expected. Pass the optimizer of this package that it contains",
     ),
     (
         "decoded without a state",
@@ -1570,7 +1570,7 @@ CASES = (
             MODEL,
         ),
         r"`opt_state` has 2 counters `ScaleByScheduleState\.count` \(3, 7\), but the state of "
-        "`optim` has 1, so it is ambiguous with which number",
+        "`optim` has 1, so it is unclear from which number",
     ),
     (
         "Simplified AdEMAMix in a chain",
@@ -1981,7 +1981,7 @@ CASES = (
         (
             f"saving {name}",
             lambda x=x: save("run", {"x": x}),
-            rf"tree\['x'\] is an? {name} array of shape .*, but only numbers, booleans and PRNG keys",
+            rf"tree\['x'\] is an? {name} array of shape .*, but only numbers and booleans of JAX dtypes, and",
         )
         for name, x in (
             ("object", np.asarray([{}, []], object)),

@@ -352,7 +352,7 @@ def test_the_counters_of_schedules():
     assert from_adamw(tuple(put(3, 5, 3)), one, PARAMS)[1].count == 3
     with pytest.raises(ValueError, match=r"2 counters `ScaleBySchedule.*\(3, 7\), but"):
         from_adamw(tuple(put(3, 5, 7)), one, PARAMS)
-    with pytest.raises(ValueError, match=r"\(traced, traced\), but .* ambiguous"):
+    with pytest.raises(ValueError, match=r"\(traced, traced\), but .* unclear"):
         eqx.filter_jit(from_adamw)(tuple(put(3, 5, 3)), one, PARAMS)
 
 
@@ -564,7 +564,7 @@ ERRORS: dict[str, Any] = {
     "hyperparams of a chain": (
         lambda: hyperparams(optax.chain(CLIP, OURS), None),
         "`optim` is a `GradientTransformationExtraArgs`, but an optimizer of this "
-        "package was expected. Pass the optimizer of this package that is inside",
+        "package was expected. Pass the optimizer of this package that it contains",
     ),
     "hyperparams of Compensated around a chain": (
         lambda: hyperparams(Compensated(optax.chain(CLIP, OURS)), None),

@@ -219,7 +219,7 @@ def test_a_format_that_freezes_m2():
 def test_decay_of_everything(weight_decay: Any):
     everything = made(weight_decay=weight_decay)
     assert review(everything, num_steps=STEPS) == [
-        "`weight_decay` is 0.1 and acts on every array, also on biases and "
+        "`weight_decay` is 0.1 and acts on every array, including biases and "
         "normalization layers. Pass `weight_decay_mask=decay_mask(model)`."
     ]
     mask = decay_mask(make_mlp())

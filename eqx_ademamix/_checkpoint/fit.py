@@ -59,8 +59,8 @@ def _check_savable(where: str, x: Node) -> None:
         )
     if not is_storable(x):
         raise ValueError(
-            f"{where} is {describe(x)}, but only numbers, booleans and PRNG keys as "
-            "JAX has them can be saved. Convert it, or leave it out."
+            f"{where} is {describe(x)}, but only numbers and booleans of JAX dtypes, "
+            "and PRNG keys, can be saved. Convert it, or leave it out."
         )
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
         raise ValueError(

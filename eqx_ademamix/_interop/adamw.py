@@ -55,9 +55,10 @@ def from_adamw(
 
     - The counters of optax's schedules (in `optax.scale_by_schedule`,
         `optax.inject_hyperparams`, and the `gradient_step` of `optax.MultiSteps`).
-        Where `opt_state` has as many of a kind as the new state, they are matched in
-        order. If not, they must be equal. Where it has none, the schedules continue
-        at Adam's `count`, and injected schedules of `b3` and `alpha` start at 0.
+        If `opt_state` has as many counters of a kind as the new state, they are matched
+        in order. If it has a different number, they must all be equal. If it has none,
+        the schedules continue at Adam's `count`, and injected schedules of `b3` and
+        `alpha` start at 0.
     - The remainders of a `Compensated`, if the new state has remainders with the same
         number of bits. Otherwise, the run continues from the 16-bit parameters.
 
@@ -65,8 +66,8 @@ def from_adamw(
 
     - `ValueError`: if `opt_state` has no Adam state or more than one, the state of
         another model, or illegal values (such as NaN, or a negative `nu`); if `optim`
-        does not contain exactly one `AdEMAMix`; or if it is ambiguous from which number
-        a schedule continues.
+        does not contain exactly one `AdEMAMix`; or if it is unclear from which number a
+        schedule continues.
 
     !!! Example
 

@@ -87,7 +87,7 @@ def _check_values(
         numbers = "real numbers >= 0" if is_square else "finite numbers"
         raise ValueError(
             f"{where} has {flaws[0]} (in {dtype.name}), but {numbers} were expected. "
-            "Did the run diverge? Then convert a checkpoint from before that."
+            "If the run diverged, convert a checkpoint from before that."
         )
 
 

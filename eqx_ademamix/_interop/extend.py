@@ -114,8 +114,8 @@ def _with_new_end(
     if isinstance(alpha, AlphaCooldownSchedule) != (total_steps is not None):
         raise ValueError(
             f"`total_steps` is {describe(total_steps)}, and `optim.alpha` is "
-            f"{describe(alpha)}. A new end of the run is for an `alpha` with a "
-            "cool-down (`alpha_cooldown_scheduler`), which needs it."
+            f"{describe(alpha)}. Pass `total_steps` if `alpha` has a cool-down "
+            "(`alpha_cooldown_scheduler`), and only then."
         )
     if not isinstance(alpha, AlphaCooldownSchedule):
         return _extended("alpha", alpha, count, length)

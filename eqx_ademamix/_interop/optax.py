@@ -57,7 +57,7 @@ def from_optax(
 
     - `ValueError`: if `opt_state` has no such state or more than one, the state of
         another model, or illegal values (such as NaN, or a negative `nu`); if `optim`
-        does not contain exactly one optimizer of this package; or if it is ambiguous
+        does not contain exactly one optimizer of this package; or if it is unclear
         from which number a schedule continues.
 
     !!! Example

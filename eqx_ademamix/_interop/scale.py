@@ -186,8 +186,7 @@ def _outside(fit: _Fit) -> list[str]:
 def scale_to(optim: T, *, steps: float, batch_tokens: float, params: float) -> T:
     r"""Adapts an optimizer to a run of another size, from published fits.
 
-    With the number of steps $S$, of tokens in a batch $B$, of tokens $D = S B$, and of
-    parameters $N$:
+    For $S$ steps, $B$ tokens per batch, $D = S B$ tokens in total, and $N$ parameters:
 
     $$
     \begin{align*}
@@ -201,9 +200,9 @@ def scale_to(optim: T, *, steps: float, batch_tokens: float, params: float) -> T
 
     - $\eta$ is that of Step Law (arXiv:2503.04715) for AdamW, whose batch is
         $0.58 \, D^{0.571}$. The root is the rule for other batches (Malladi et al.
-        2022, arXiv:2205.10287). The factor of one half is ours. Known to hold for $N$
-        from 1.1e8 to 1.3e9, $D$ from 4e9 to 1.01e11, and $B$ from 0.1 to 1.5 of that
-        batch.
+        2022, arXiv:2205.10287). The factor of one half is ours. The formula is known to
+        hold for $N$ from 1.1e8 to 1.3e9, $D$ from 4e9 to 1.01e11, and $B$ from 0.1 to
+        1.5 of that batch.
     - $\lambda$ is that of Power Lines (arXiv:2505.13738) for AdamW, for $N$ from 1.1e8
         to 3.3e9 and $D / N$ from 20 to 1280. With `decoupled_weight_decay=True`, it is
         not divided by $\eta$. We know the exponent and the factor only from secondary
@@ -217,11 +216,11 @@ def scale_to(optim: T, *, steps: float, batch_tokens: float, params: float) -> T
     There is no published fit of the learning rate for AdEMAMix. Half of that for AdamW
     is within 30% of five published values: those of 110 and 330 million and 1.3 billion
     parameters in arXiv:2409.03137, and of 124 and 720 million in arXiv:2509.01440. The
-    fits for AdamW also disagree: that of DeepSeek (arXiv:2401.02954), which is
-    $0.3118 \, C^{-0.125}$ with the compute $C = 6 N D$, falls with $D$, and Step Law
-    rises. For a billion parameters and 50 billion tokens, they give 8.6e-4 and 1.3e-3.
-    So treat the value as a starting point: a value that you have tuned yourself is
-    better.
+    fits for AdamW also disagree: DeepSeek's learning rate (arXiv:2401.02954), which is
+    $0.3118 \, C^{-0.125}$ with the compute $C = 6 N D$, falls with $D$, and that of
+    Step Law rises. For a billion parameters and 50 billion tokens, they give 8.6e-4 and
+    1.3e-3. So treat the value as a starting point: a value that you have tuned yourself
+    is better.
 
     All values are absolute: they do not depend on those of `optim`, except that a
     weight decay or an $\alpha$ of 0 stays 0.
@@ -279,8 +278,8 @@ def scale_to(optim: T, *, steps: float, batch_tokens: float, params: float) -> T
     if outside:
         warnings.warn(
             "The run is outside of the range of a published fit: "
-            f"{'; '.join(outside)}. `scale_report` shows which values this is about. "
-            "Tune these.",
+            f"{'; '.join(outside)}. `scale_report` shows which values are affected. "
+            "Tune them.",
             ScalingWarning,
             stacklevel=2,
         )
@@ -516,7 +515,7 @@ def _check_rises(peak: float) -> float:
         return peak
     raise ValueError(
         f"The largest learning rate of `optim` is {peak:g}, but a positive number was "
-        "expected, whose place the new one takes."
+        "expected, which the new learning rate replaces."
     )
 
 

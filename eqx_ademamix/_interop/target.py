@@ -140,7 +140,7 @@ def _values(
             shown = ", ".join(map(_shown, old))
             raise ValueError(
                 f"`opt_state` has {len(old)} counters `{kind}` ({shortened(shown, 80)})"
-                f", but the state of `optim` has {number}, so it is ambiguous with "
+                f", but the state of `optim` has {number}, so it is unclear from "
                 "which number the schedules continue. Make the old ones equal with "
                 "`eqx.tree_at` before the conversion, and change the new ones after it."
             )

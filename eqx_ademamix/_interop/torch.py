@@ -226,7 +226,7 @@ def _name(names: Names, path: Path, where: str) -> tuple[Name, Convert]:
     if not isinstance(name, str | int | np.integer) or not (fn is None or callable(fn)):
         raise TypeError(
             f"`names` has {describe(entry)} for {where}, but a name, an index, or a "
-            "pair of one and a function was expected."
+            "pair (name or index, function) was expected."
         )
     return name, fn or (lambda x: x)
 
@@ -266,7 +266,7 @@ def _moment(where: str, name: str, x: object, fn: Convert, like: Stored) -> np.n
     if x is None:
         raise ValueError(
             f"{where}: the moment `{name}` is missing: it is None in the state dict. "
-            "An `m1` may be None for an optimizer with `b1=0` only."
+            "An `m1` may be None only for an optimizer with `b1=0`."
         )
     x = _numbers(where, f"the moment `{name}` in the state dict", x)
     moment = _numbers(where, f"the moment `{name}` after its function", fn(x))

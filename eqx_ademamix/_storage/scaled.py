@@ -68,8 +68,8 @@ class AbstractScaled(AbstractBounded):
     def _encode(
         self, value: Array, bounds: Bounds, old: Array | None, seed: Array | None
     ) -> tuple[Array, ...]:
-        # The maximum of each block comes last. XLA on CPUs recomputes everything else in
-        # each kernel that uses it, but not a reduction.
+        # The maximum of each block comes last. XLA on CPUs recomputes everything else
+        # in each kernel that uses it, but not a reduction.
         scale = jnp.max(_number(self._grid.scales(bounds, old, seed)), axis=-1)
         return self._grid.encode(value, scale, seed, self.block_size), scale
 
@@ -91,8 +91,8 @@ class ScaledFloat16(AbstractScaled):
     lose it.
 
     Unsigned, for `nu`: 1024 numbers between powers of two, 62 powers of two below the
-    bound. Values are rounded up or down in turn, and never below the smallest number
-    unless they are zero. One store underestimates `nu` by a factor of less than
+    bound. Values are rounded alternately up or down, and never below the smallest
+    number unless they are zero. One store underestimates `nu` by a factor of less than
     $1 + 1/1024$, and the denominator $\sqrt\nu$ by less than the root of that, 1.0005.
     [`eqx_ademamix.ScaledFloat8`][] has the proof.
 
@@ -165,13 +165,14 @@ class ScaledFloat8(AbstractScaled):
     The scale is a power of two, so a new bound changes no number: what the gradient
     does not change is stored again unchanged.
 
-    An entry of `nu` is not rounded at random but in turn: up if its fractional position
-    between two numbers exceeds a threshold that moves by the golden ratio from step to
-    step (modulo 1). Rounded at random, a `nu` without gradients would do a random walk.
-    Rounded in turn, it decays as fast as it should. *Why.* Neighboring numbers have
-    almost the same ratio. So the same small decay moves each of them to the next one if
-    the threshold lies in an interval of (almost) the same length, and multiples of the
-    golden ratio visit an interval at regular times, in proportion to its length.
+    An entry of `nu` is not rounded at random but alternately: up if its fractional
+    position between two numbers exceeds a threshold that moves by the golden ratio from
+    step to step (modulo 1). Rounded at random, a `nu` without gradients would do a
+    random walk. Rounded alternately, it decays as fast as it should. *Why.* Neighboring
+    numbers have almost the same ratio. So the same small decay moves each of them to
+    the next one if the threshold lies in an interval of (almost) the same length, and
+    multiples of the golden ratio visit an interval at regular times, in proportion to
+    its length.
     """
 
     block_size: int = eqx.field(static=True)
@@ -367,8 +368,8 @@ class _Squares(NamedTuple):
     def _chance(
         self, seed: Array | None, shape: tuple[int, ...]
     ) -> Int32[Array, "..."] | np.int32:
-        """What is added before the cut to round in turn: from step to step, the seed
-        grows by a number that spreads this evenly."""
+        """What is added before the cut to round alternately: from step to step, the
+        seed grows by a number that spreads this evenly."""
         if seed is None:
             return np.int32(1 << (22 - self.bits))
         word = evenly_spread(seed, shape) >> np.uint32(9 + self.bits)

@@ -268,7 +268,7 @@ class Compensated(AbstractOptimizer[CompensatedState]):
         values = checked_leaves("params", p, like, other=_STATE, keep_extra=True)
         if flatten(p).treedef != like.treedef:
             raise ValueError(
-                f"state.remainder is {describe(state.remainder)}, but it has the "
+                f"state.remainder is {describe(state.remainder)}, but it must have the "
                 "structure of the parameters. Pass on the state as `init` of this "
                 "optimizer or the last `update` returned it."
             )
