@@ -22,6 +22,9 @@ DType: TypeAlias = np.dtype[Any]
 # Anything that names a dtype: "float32", np.dtype("float32"), jnp.float32. (JAX's own
 # alias contains a protocol that beartype cannot check.)
 DTypeLike: TypeAlias = str | DType | type[Any]
+# The two words of a path's hash, as `path_words` gives them. `jit` makes them an array
+# of JAX, but `jax.disable_jit` does not.
+PathWords: TypeAlias = UInt32[Array | np.ndarray, "2"]
 # An array of JAX or of NumPy.
 AnyArray: TypeAlias = Array | np.ndarray | np.generic
 
@@ -263,11 +266,11 @@ def _word(x: int | Integer[Array, ""]) -> UInt32[Array, ""]:
     return jnp.asarray(np.uint32(x) if isinstance(x, int) else x).astype(np.uint32)
 
 
-def seed_at(count: Integer[Array, ""], path: UInt32[Array, "2"]) -> UInt32[Array, ""]:
+def seed_at(count: Integer[Array, ""], path: PathWords) -> UInt32[Array, ""]:
     """The seed for rounding a leaf in one step, from the counter and from the path, as
     `path_words` gives it. It grows by an odd number in every step."""
     step = count.astype(np.uint32) + np.uint32(1)
-    return path[step & np.uint32(1)] + step * _GOLDEN
+    return jnp.asarray(path)[step & np.uint32(1)] + step * _GOLDEN
 
 
 def path_words(path: str) -> np.ndarray:
@@ -278,10 +281,10 @@ def path_words(path: str) -> np.ndarray:
     return np.array([word, (word + 1) % 2**32], np.uint32)
 
 
-def path_word(count: Integer[Array, ""], path: UInt32[Array, "2"]) -> UInt32[Array, ""]:
+def path_word(count: Integer[Array, ""], path: PathWords) -> UInt32[Array, ""]:
     """The hash of a path, from what `path_words` gives. It is the same at any count."""
     parity = count.astype(np.uint32) & np.uint32(1)
-    return path[parity] - parity
+    return jnp.asarray(path)[parity] - parity
 
 
 def evenly_spread(

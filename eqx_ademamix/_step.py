@@ -13,7 +13,7 @@ import jax
 import jax.tree_util as jtu
 import numpy as np
 from beartype import beartype
-from jaxtyping import Array, Float, Inexact, Int32, PyTree, UInt32, jaxtyped
+from jaxtyping import Array, Float, Inexact, Int32, PyTree, jaxtyped
 
 from ._checks import (
     check_alive,
@@ -44,6 +44,7 @@ from ._learning_rate_scale import Scales, as_scales
 from ._memory import after, any_in_host, placed_as, to_device
 from ._numerics import (
     DType,
+    PathWords,
     as_array,
     cast,
     clamped,
@@ -83,7 +84,7 @@ class WeightDecay(enum.Enum):
 
 
 # The counter, and the words of the leaf's path.
-Key: TypeAlias = tuple[Int32[Array, ""], UInt32[Array, "2"]]
+Key: TypeAlias = tuple[Int32[Array, ""], PathWords]
 
 
 class AbstractMomentOptimizer(AbstractOptimizer[S], Generic[S, H]):

@@ -14,6 +14,7 @@ from eqx_ademamix import (
     AbstractOptimizer,
     AdEMAMix,
     AdEMAMixState,
+    Compensated,
     Hyperparams,
     SimplifiedAdEMAMix,
     alpha_scheduler,
@@ -21,10 +22,13 @@ from eqx_ademamix import (
     decay_mask,
     hyperparams,
     init,
+    make_step,
+    telemetry,
     update,
 )
 
 from .helpers import (
+    COMPACT,
     assert_trees_close,
     count_traces,
     loss_of_arrays,
@@ -112,6 +116,38 @@ def test_numpy_arrays():
         *jax.tree.map(jnp.asarray, (params, optim.init(params), params))
     )
     assert_trees_close(updates, expected, 0.0)
+
+
+@pytest.mark.parametrize(
+    "optim, dtype",
+    [
+        (AdEMAMix(1e-2, skip_nonfinite=True), jnp.float32),
+        (AdEMAMix(1e-2, state_format=COMPACT), jnp.float32),
+        (SimplifiedAdEMAMix(1e-2), jnp.float32),
+        (Compensated(AdEMAMix(1e-2, state_format=COMPACT), bits=8), jnp.bfloat16),
+    ],
+    ids=["float32", "compact", "simplified", "Compensated"],
+)
+def test_without_jit(optim: Any, dtype: Any):
+    model = {"w": jnp.linspace(-1, 1, 320, dtype=dtype).reshape(5, 64)}
+    step = make_step(lambda model: jnp.sum(model["w"].astype(float) ** 2), optim)
+
+    def run() -> Any:
+        params, state = model, init(optim, model)
+        for _ in range(2):
+            updates, state = update(optim, params, state, params)
+            params = eqx.apply_updates(params, updates)
+        numbers = telemetry(optim, state, params=params, grads=params)
+        carry, loss = step(step.init(model))
+        return params, state.count, numbers, step.unpack(carry)[0], loss
+
+    compiled = run()
+    with jax.disable_jit():
+        interpreted = run()
+    assert tree_type(interpreted) == tree_type(compiled)
+    rtol = 2.0**-7 if dtype == jnp.bfloat16 else 1e-5
+    for x, y in zip(*map(jtu.tree_leaves, (interpreted, compiled)), strict=True):
+        np.testing.assert_allclose(np.asarray(x, float), np.asarray(y, float), rtol)
 
 
 def test_float0_gradients_are_ignored():
