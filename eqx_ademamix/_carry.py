@@ -118,6 +118,9 @@ class Layout:
         packed = {i for group in self.groups for i in group}
         self.rest = [i for i in range(len(types)) if i not in packed]
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Layout":
+        return self
+
     def is_like(self, other: "Layout") -> bool:
         pairs = zip(self.statics, other.statics, strict=False)
         return (

@@ -27,6 +27,7 @@ from ._paths import (
     contrast,
     describe,
     is_entry,
+    is_inexact_array,
     is_inexact_shape,
     is_leaf,
     leaves_with_path,
@@ -375,7 +376,7 @@ def _raise_unwanted_m1(path: Path, m1: Node) -> NoReturn:
 
 
 def check_gradient(path: Path, leaf: Node) -> None:
-    if leaf is None or eqx.is_inexact_array(leaf):
+    if leaf is None or is_inexact_array(leaf):
         _check_alive("grads", path, leaf)
         return
     raise TypeError(
@@ -391,7 +392,7 @@ def _check_trained(leaf: Leaf, base: str) -> None:
     if moment is None and found is None:
         return
     where = f"{base}{path_text(leaf.path)}"
-    if found is None and not eqx.is_inexact_array(leaf.param):
+    if found is None and not is_inexact_array(leaf.param):
         found = leaf.param  # to say what is there instead of an array
     check_leaf(where, found, "the optimizer state", moment)
 
@@ -414,7 +415,7 @@ def check_leaf(
 
 
 def _check_leaf(where: str, leaf: Node, other: str, moment: Node) -> None:
-    is_array = eqx.is_inexact_array(leaf)
+    is_array = is_inexact_array(leaf)
     if leaf is None:
         raise ValueError(
             f"{where} is None, but {other} has {describe(moment)} there. Every leaf "

@@ -271,7 +271,9 @@ def _nonfinite_loss(log: Log, _: DType) -> Iterator[str]:
     """A loss that stays NaN or infinite until the end."""
     loss = log.raw("loss")
     finite = np.flatnonzero(np.isfinite(loss.values))
-    if len(finite) and finite[-1] + 1 < len(loss.steps):
+    if len(loss.steps) and not len(finite):
+        yield f"it is not finite in any row, beginning at step {_at(loss.steps[0])}"
+    elif len(finite) and finite[-1] + 1 < len(loss.steps):
         last = loss.values[finite[-1]], loss.steps[finite[-1]]
         yield f"its last finite value is {last[0]:.3g}, at step {_at(last[1])}"
 

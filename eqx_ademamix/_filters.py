@@ -22,6 +22,7 @@ from ._paths import (
     contrast,
     describe,
     flatten,
+    is_inexact_array,
     is_inexact_shape,
     is_leaf,
     leaves_with_path,
@@ -98,11 +99,26 @@ def _check_is_for_leaves(spec: Node, arrays: PyTree, name: str, path: Path) -> N
     )
 
 
+class _Nested(eqx.Module):
+    child: Any
+
+
 def _is_for_trees(spec: Callable[[PyTree], Any], arrays: PyTree) -> bool:
     """Whether a callable turns a tree into a tree of bools. One written for an array
-    returns a single bool or raises an error: a tree has no `ndim`."""
+    returns a single bool or raises an error: a tree has no `ndim`. One written for
+    trees of another kind raises an error too, for example if it expects the keys of
+    dicts in the path of each array. So it is also called on small trees."""
+    nested = [
+        tree
+        for x in jtu.tree_leaves(arrays)[:1]
+        for tree in ({"a": {"a": {"a": x}}}, [[[x]]], _Nested(_Nested(_Nested(x))))
+    ]
+    return any(_gives_flags(spec, tree) for tree in (arrays, *nested))
+
+
+def _gives_flags(spec: Callable[[PyTree], Any], tree: PyTree) -> bool:
     try:
-        found = spec(arrays)
+        found = spec(tree)
     except Exception:
         return False
     flags = jtu.tree_leaves(found)
@@ -155,7 +171,7 @@ def inexact_or_struct(x: Node) -> Array | Struct | None:
 
 
 def _inexact_array(x: Node) -> Array | None:
-    if not eqx.is_inexact_array(x):
+    if not is_inexact_array(x):
         return None
     return x if isinstance(x, jax.Array) else jnp.asarray(x)
 
@@ -216,7 +232,7 @@ def _with_node(departure: Departure, base: Leaves) -> Departure:
     """A departure with what is really there, where selecting left `None` instead of
     something that is not an array."""
     node = dict(zip(base.paths, base.values, strict=True)).get(departure.path)
-    is_other = departure.found is None and not eqx.is_inexact_array(node)
+    is_other = departure.found is None and not is_inexact_array(node)
     return departure._replace(found=node) if is_other else departure
 
 

@@ -199,6 +199,10 @@ class TrainStep:
         self._explain(error, carry, batch)
         raise error
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "TrainStep":
+        """The step itself: what it keeps belongs to its compiled functions."""
+        return self
+
     #
     # Between a carry and its trees
     #
@@ -211,6 +215,7 @@ class TrainStep:
     def _packed(self, model: PyTree, state: PyTree, model_state: PyTree) -> TrainCarry:
         for name, tree in zip(NAMES, (model, state, model_state), strict=True):
             check_alive(name, tree)
+            _check_has_numbers(name, tree)
         rest = () if model_state is None else (model_state,)
         # optax starts some states with weakly typed numbers, which a step makes strong.
         # Then the second call would compile again.
@@ -369,9 +374,14 @@ def _updated(
     extra_args: dict[str, Any],
 ) -> tuple[PyTree, PyTree]:
     """`update`, with those extra arguments that the optimizer accepts."""
-    if not isinstance(optim, (AbstractOptimizer, optax.GradientTransformation)):
-        kinds = [p.kind for p in inspect.signature(optim.update).parameters.values()]
-        extra_args = extra_args if inspect.Parameter.VAR_KEYWORD in kinds else {}
+    is_plain = isinstance(optim, optax.GradientTransformation) and not isinstance(
+        optim, optax.GradientTransformationExtraArgs
+    )
+    if not is_plain and not isinstance(optim, AbstractOptimizer):
+        accepted = inspect.signature(optim.update).parameters
+        kinds = [p.kind for p in accepted.values()]
+        if inspect.Parameter.VAR_KEYWORD not in kinds:
+            extra_args = {k: x for k, x in extra_args.items() if k in accepted}
     return update(optim, grads, state, model, **extra_args)
 
 
@@ -454,11 +464,21 @@ def _check_stacked(batch: tuple[PyTree, ...], steps: int) -> None:
             )
 
 
+def _check_has_numbers(name: str, tree: PyTree) -> None:
+    for path, x in jtu.tree_leaves_with_path(tree):
+        if isinstance(x, jax.ShapeDtypeStruct):
+            raise ValueError(
+                f"{name}{path_text(path)} is a `jax.ShapeDtypeStruct`, which has no "
+                "numbers to train. Pass arrays."
+            )
+
+
 def _check_not_donated(carry: TrainCarry) -> None:
     if any(is_concrete(x) and x.is_deleted() for x in carry.arrays):
         raise ValueError(
             "`carry` was used by an earlier call, to which its arrays were donated. "
-            "Pass on the carry that this call returned, or use `donate=False`."
+            "Pass on the carry that this call returned. If it failed, continue from an "
+            "earlier `step.unpack(carry)`, or use `donate=False`."
         )
 
 

@@ -28,7 +28,7 @@ from ._numerics import (
     power,
     rounded,
 )
-from ._paths import Node, flatten, leaves_with_path, on_device
+from ._paths import Node, flatten, is_inexact_array, leaves_with_path, on_device
 from ._storage.codec import is_encoded
 from ._typing import no_type_check
 
@@ -228,7 +228,7 @@ def tree_bias_correction(
     divisor = jnp.where(t > 0, factor, 1.0)
 
     def correct(m: Node) -> Node:
-        if not eqx.is_inexact_array(m):
+        if not is_inexact_array(m):
             return m
         real = compute_dtype(m.dtype)
         return rounded(over(cast(m, real), divisor.astype(real)), m.dtype)

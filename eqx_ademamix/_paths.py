@@ -47,12 +47,20 @@ def is_leaf(x: Node) -> bool:
     return is_entry(x) or jtu.all_leaves([x])
 
 
+def is_inexact_array(x: Node) -> bool:
+    """Whether `x` is a floating-point or complex array, of JAX or of NumPy. (Equinox's
+    function does not count NumPy arrays of bfloat16, as Flax restores them.)"""
+    return isinstance(x, (jax.Array, np.ndarray, np.generic)) and _is_inexact(x)
+
+
 def is_inexact_shape(x: Node) -> bool:
     """Whether `x` is an inexact array, or a `jax.ShapeDtypeStruct` of one."""
     is_struct = isinstance(x, jax.ShapeDtypeStruct)
-    return eqx.is_inexact_array(x) or (
-        is_struct and bool(jnp.issubdtype(x.dtype, jnp.inexact))
-    )
+    return is_inexact_array(x) or (is_struct and _is_inexact(x))
+
+
+def _is_inexact(x: Node) -> bool:
+    return bool(jnp.issubdtype(x.dtype, jnp.inexact))
 
 
 def on_device(tree: PyTree) -> PyTree:

@@ -11,8 +11,10 @@ from jax.core import Tracer
 
 from ._ademamix import AdEMAMix
 from ._hyperparams import (
+    Domain,
     finite,
     hyperparam,
+    non_negative,
     positive_int,
     resolve_decay,
 )
@@ -47,9 +49,9 @@ _LARGEST_FIRST_ALPHA = 1.0
 # 693 steps. Midway between the two is 0.99, with 69 steps.
 _LONGEST_FIRST_HALF_LIFE = 69.0
 
-# At 32,000 steps, b3 = 0.999 is better than 0.9999 in Figure 17 of the paper and in
-# section D.1 of the benchmark. At 64,000, the two disagree. 0.9999 has 4.6 half-lives
-# in 32,000 steps.
+# b3 = 0.999 is better than 0.9999 at 32,000 steps in Figure 17 of the paper, and below
+# 32,000 in section D.1 of the benchmark. At 64,000, the two disagree. 0.9999 has 4.6
+# half-lives in 32,000 steps.
 _FEWEST_HALF_LIVES = 4.6
 
 # An average that remembers ten times as long as the fast one at b1 = 0.9 has b3 = 0.99.
@@ -79,8 +81,9 @@ def review(optim: _Member | Sequence[_Member], *, num_steps: int) -> list[str]:
     - A warm-up of `b3` or `alpha` is longer than the run.
     - Such a warm-up is shorter than both the run and one half-life of `b3` (Figure 13).
     - The run has fewer than 4.6 half-lives of `b3`. At 32,000 steps, which are 4.6
-        half-lives of 0.9999, 0.999 is better (Figure 17; arXiv:2509.01440, section
-        D.1). The suggested value has fifteen half-lives in the run.
+        half-lives of 0.9999, 0.999 is better (Figure 17), and also in shorter runs
+        (arXiv:2509.01440, section D.1). The suggested value has fifteen half-lives in
+        the run.
     - The run has fewer than 690 steps, which are ten half-lives of 0.99.
     - Nothing clips the gradients, and `alpha` reaches 4 or more. The published runs
         clip them.
@@ -284,8 +287,9 @@ def _close(x: float, y: float) -> bool:
 
 
 def _value_at(name: str, value: object, step: int) -> float:
+    """`alpha` or `weight_decay` at a step."""
     out = value(jnp.asarray(step, jnp.int32)) if callable(value) else value
-    return _number(f"{name}({step})" if callable(value) else name, out)
+    return _number(f"{name}({step})" if callable(value) else name, out, non_negative)
 
 
 def _half_life_at(name: str, value: object, step: int) -> float:
@@ -294,9 +298,9 @@ def _half_life_at(name: str, value: object, step: int) -> float:
     return _half_life(float(complement))
 
 
-def _number(name: str, value: object) -> float:
+def _number(name: str, value: object, domain: Domain = finite) -> float:
     _check_concrete(name, value)
-    return float(hyperparam(name, value, finite))
+    return float(hyperparam(name, value, domain))
 
 
 def _check_concrete(name: str, value: object) -> None:
@@ -390,8 +394,9 @@ def _long_memory(run: _Run) -> Iterator[str]:
         yield (
             f"`b3` reaches {b3.text(b3.final)}, which remembers about {memory:,.0f} "
             f"steps. The run of {run.steps:,} steps has only {half_lives:.1f} of its "
-            "half-lives. A shorter memory was better when there were 4.6 "
-            "(arXiv:2409.03137, Figure 17; arXiv:2509.01440, section D.1). Pass "
+            "half-lives. A shorter memory was better at 4.6 "
+            "(arXiv:2409.03137, Figure 17) and at fewer "
+            "(arXiv:2509.01440, section D.1). Pass "
             f"{b3.schedule(run.steps)}."
         )
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
+import optax
 from beartype import beartype
 from jax import lax
 from jax.core import Tracer
@@ -30,7 +31,7 @@ from ._numerics import (
     text_hash,
 )
 from ._optimizer import AbstractOptimizer
-from ._paths import full_path_text
+from ._paths import full_path_text, is_entry
 from ._state import AdEMAMixState
 from ._step import Key, Rule, as_arrays, bounds_of
 from ._storage.codec import (
@@ -140,6 +141,7 @@ def stall_report(
     """
     inner, found, h = resolved(optim, state)
     moments = found.moments
+    grads = _masked(grads, moments.m2)
     selection = select(inner.trainable, grads, moments, None)
     fmt, has_m1 = inner.state_format, inner.has_m1
     check_step(selection, found, fmt, has_m1=has_m1, has_params=False)
@@ -178,6 +180,21 @@ def expected_m2_stall(codec: AbstractCodec, b3: float) -> float:
     state = AdEMAMixState(count, count, None, m2, nu)
     (stalled,) = stall_report(optim, state, mean + noise).values()
     return stalled["m2"]
+
+
+def _masked(grads: PyTree, m2: PyTree) -> PyTree:
+    """Gradients with the gaps that `optax.masked` and `optax.partition` leave in the
+    state. A tree of another structure is returned unchanged, and is rejected later."""
+    is_gap = lambda x: isinstance(x, optax.MaskedNode)
+    if not any(map(is_gap, jtu.tree_leaves(m2, is_leaf=is_gap))):
+        return grads
+    is_place = lambda x: is_gap(x) or is_entry(x)
+    try:
+        return jax.tree.map(
+            lambda m, g: m if is_gap(m) else g, m2, grads, is_leaf=is_place
+        )
+    except ValueError:
+        return grads
 
 
 def _by_name(names: Moments[str], row: Sequence[Any]) -> dict[str, float]:

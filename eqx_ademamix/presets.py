@@ -194,7 +194,8 @@ def benchmark(total_steps: int, **overrides: Unpack[Overrides]) -> AdEMAMix:
     $\alpha = 8$, $\beta_1 = 0.9$, $\beta_2 = 0.999$, weight decay 0.1, and a learning
     rate that rises from 1e-5 to 1e-3 over 2000 steps and falls along a cosine to 1e-5
     at the end. $\beta_3$ and $\alpha$ warm up over the whole run. $\beta_3$ is 0.999 in
-    runs of up to 32,000 steps and 0.9999 in longer ones (section D.1).
+    runs of up to 32,000 steps and 0.9999 in longer ones. (In section D.1, 0.999 is
+    better only below 32,000.)
 
     The [launch scripts](https://github.com/epfml/llm-optimizer-benchmark) differ in two
     ways. They also have $\beta_3 = 0.999$ at 48,000, 128,000, and 336,000 steps. The

@@ -476,6 +476,25 @@ def test_extend_a_delayed_warmup():
     assert new.alpha(100) == 0.0 and new.alpha(200) == 4.0 and new.alpha(300) == 8.0
 
 
+@pytest.mark.parametrize("warmup", [101, 300, 500, 501, 999, 2000, 3000])
+def test_extend_at_an_older_checkpoint(warmup: int):
+    """After a return to step 100, from which the first extension was constant."""
+    start = AdEMAMix(1e-3, alpha=alpha_scheduler(8.0, warmup=1000))
+    optim = extend(start, at_count(start, 500), warmup=2000)
+    new: Any = extend(optim, at_count(optim, 100), warmup=warmup)
+    assert new.alpha(100) == 4.0 and new.alpha(warmup) == 8.0
+    # The steepest part of the way there is at most as steep as a line from now that has
+    # its length shortened by what the old schedule waits, in proportion.
+    values = np.asarray(new.alpha(np.arange(100, warmup + 1)))
+    share = 1.0 if warmup > 2000 else 1900 / 1500
+    wait = 400 if warmup > 2000 else 0
+    steepest = 4.0 * share / (warmup - 100 - wait)
+    assert np.diff(values).max() <= steepest + 1e-6
+    if warmup == 2000:
+        steps = np.arange(100, 2001)
+        np.testing.assert_array_equal(new.alpha(steps), optim.alpha(steps))
+
+
 def test_extend_from_zero():
     optim = AdEMAMix(1e-3, b3=beta3_scheduler(0.999, 0.0, warmup=100))
     new: Any = extend(optim, at_count(optim, 0), warmup=200)

@@ -225,6 +225,15 @@ def test_gradients_that_are_not_finite():
     assert "at step 1,470" in texts[1]
 
 
+def test_a_loss_that_was_never_finite():
+    rows = [{"step": step, "loss": np.nan} for step in range(10, 50)]
+    (text,) = diagnose(rows)
+    assert text.startswith(
+        "The loss is no longer finite: it is not finite in any row, beginning at step "
+        "10."
+    )
+
+
 def test_parameters_in_bfloat16():
     (history,) = train([Setting(learning_rate=1e-5)], dtype=jnp.bfloat16)
     assert final_loss(history) > 5 * final_loss(logs()["seed 0"])

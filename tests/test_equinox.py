@@ -118,6 +118,27 @@ def test_numpy_arrays():
     assert_trees_close(updates, expected, 0.0)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("optim", [AdEMAMix(1e-2), optax.adamw(1e-2)])
+def test_numpy_arrays_of_any_dtype(optim: Any, dtype: str, standard_promotion: None):
+    """`np.issubdtype` does not count bfloat16 as floating-point."""
+    params = {"w": jnp.ones((2, 3), dtype)}
+    grads = {"w": jnp.full((2, 3), 0.5, dtype)}
+    numpy = jax.tree.map(np.asarray, params)
+    state = init(optim, params)
+    assert_trees_close(init(optim, numpy), state, 0.0)
+    expected, _ = update(optim, grads, state, params)
+    found, after = update(optim, grads, state, numpy)
+    assert_trees_close(found, expected, 0.0)
+    assert found["w"].dtype == dtype
+    if not isinstance(optim, AdEMAMix):
+        return  # optax computes with NumPy states in NumPy
+    restored = jax.tree.map(np.asarray, after)
+    found, _ = update(optim, jax.tree.map(np.asarray, grads), restored, numpy)
+    expected, _ = update(optim, grads, after, params)
+    assert_trees_close(found, expected, 0.0)
+
+
 @pytest.mark.parametrize(
     "optim, dtype",
     [

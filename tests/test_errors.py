@@ -1824,6 +1824,16 @@ CASES = (
         donated_carry(lambda step, carry: step.unpack(carry)),
         "`carry` was used by an earlier call",
     ),
+    (
+        "packing a description of a state",
+        lambda: make_step(mean, OPTIM).pack(PARAMS, jax.eval_shape(OPTIM.init, PARAMS)),
+        r"state\.count is a `jax.ShapeDtypeStruct`, which has no numbers to train",
+    ),
+    (
+        "a description of a model",
+        lambda: MEAN_STEP.init(jax.eval_shape(lambda: PARAMS)),
+        r"model is a `jax.ShapeDtypeStruct`, which has no numbers to train",
+    ),
     ("a donated batch", donated_batch, r"batch\[0\]\['x'\] has been deleted"),
     ("a donated learning rate", donated_rate, r"optim.learning_rate has been deleted"),
     (

@@ -1,5 +1,6 @@
 """`make_step` takes the steps of a loop written by hand, and keeps what it is given."""
 
+import copy
 import gc
 import inspect
 import io
@@ -118,6 +119,38 @@ def data(x: Any) -> Any:
 
 def assert_same(x: Any, y: Any, tolerance: float = 0.0) -> None:
     assert_trees_close(jax.tree.map(data, x), jax.tree.map(data, y), tolerance)
+
+
+def test_copies_of_a_step_and_of_a_carry():
+    loss_fn = lambda tree: jnp.sum(tree["f"](tree["w"]))
+    step = make_step(loss_fn, AdEMAMix(1e-2))
+    copied = copy.deepcopy(step)
+    step.init({"w": jnp.ones(3), "f": jnp.sin})
+    carry = copied.init({"w": jnp.ones(3), "f": jnp.exp})
+    snapshot = copy.deepcopy(carry)
+    np.testing.assert_allclose(copied(carry)[1], 3 * np.exp(1), rtol=1e-6)
+    np.testing.assert_array_equal(step.unpack(snapshot)[0]["w"], 1.0)
+
+
+@pytest.mark.parametrize("name", ["value", "other"])
+def test_an_optimizer_gets_the_extra_arguments_that_it_names(name: str):
+    """Also if its `update` does not accept all of them, as optax asks it to."""
+    given: list[dict[str, Any]] = []
+
+    def with_value(grads: Any, state: Any, params: Any, *, value: Any) -> Any:
+        given.append({"value": value})
+        return grads, state
+
+    def with_other(grads: Any, state: Any, params: Any, *, other: Any = 1) -> Any:
+        given.append({"other": other})
+        return grads, state
+
+    update: Any = {"value": with_value, "other": with_other}[name]
+    optim = optax.GradientTransformationExtraArgs(lambda params: (), update)
+    step = make_step(lambda w: jnp.sum(w**2), optim)
+    carry, loss = step(step.init(jnp.ones(3)))
+    assert loss == 3.0 and [list(x) for x in given] == [[name]]
+    np.testing.assert_array_equal(step.unpack(carry)[0], 3.0)
 
 
 #

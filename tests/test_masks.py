@@ -358,6 +358,37 @@ def without_biases(params: Any) -> Any:
     return jtu.tree_map_with_path(is_bias, params)
 
 
+def with_keys(params: Any) -> Any:
+    """It only fits dicts: a module has names instead of keys."""
+    is_bias = lambda path, x: not any("bias" in k.key for k in path)
+    return jtu.tree_map_with_path(is_bias, params)
+
+
+def with_names(params: Any) -> Any:
+    """It only fits modules."""
+    is_bias = lambda path, x: path[-1].name != "bias"
+    return jtu.tree_map_with_path(is_bias, params)
+
+
+def with_indices(params: Any) -> Any:
+    """It only fits lists."""
+    return jtu.tree_map_with_path(lambda path, x: path[-1].idx > 0, params)
+
+
+@pytest.mark.parametrize("spec", [with_keys, with_names, with_indices])
+@pytest.mark.parametrize(
+    "model",
+    [make_mlp(), {"w": jnp.ones(3)}, [jnp.ones(3)]],
+    ids=["mlp", "dict", "list"],
+)
+@pytest.mark.parametrize("name", ["weight_decay_mask", "trainable"])
+def test_a_mask_of_optax_for_another_kind_of_tree(spec: Any, model: Any, name: str):
+    """It raises an error on this tree, and would choose wrongly array by array."""
+    optim = AdEMAMix(1e-3, weight_decay=0.5, **{name: spec})
+    with pytest.raises(TypeError, match="which returns a tree of bools, as an optax"):
+        eqx_ademamix.init(optim, model)
+
+
 PER_ARRAY = (
     lambda x: True,
     lambda x: x.ndim >= 2,

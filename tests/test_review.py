@@ -155,8 +155,9 @@ def test_a_short_warmup_of_optax():
 def test_a_b3_that_remembers_too_much_for_the_run():
     assert review(made(20_000), num_steps=20_000) == [
         "`b3` reaches 0.9999, which remembers about 10,000 steps. The run of 20,000 "
-        "steps has only 2.9 of its half-lives. A shorter memory was better when there "
-        "were 4.6 (arXiv:2409.03137, Figure 17; arXiv:2509.01440, section D.1). Pass "
+        "steps has only 2.9 of its half-lives. A shorter memory was better at 4.6 "
+        "(arXiv:2409.03137, Figure 17) and at fewer (arXiv:2509.01440, section D.1). "
+        "Pass "
         "`b3=beta3_scheduler(0.99948, 0.9, warmup=20000)`."
     ]
     assert 0.5 ** (15 / 20_000) == pytest.approx(0.99948, abs=5e-7)
@@ -390,3 +391,10 @@ def test_batched_hyperparameters():
     optims = eqx.filter_vmap(lambda alpha: made(alpha=alpha))(jnp.ones(3))
     with pytest.raises(ValueError, match=r"`alpha` has shape \(3,\), but a scalar"):
         review(optims, num_steps=STEPS)
+
+
+@pytest.mark.parametrize("name", ["alpha", "weight_decay"])
+def test_illegal_values_of_schedules(name: str):
+    values: Any = {name: lambda step: -1.0}
+    with pytest.raises(ValueError, match=rf"`{name}\(0\)` is -1.0, but a finite"):
+        review(made(**values), num_steps=STEPS)

@@ -423,3 +423,26 @@ def test_equal_leaves_are_traced_once(monkeypatch: pytest.MonkeyPatch):
 )
 def test_expected_m2_stall(codec: AbstractCodec, b3: float, is_frozen: bool):
     assert (expected_m2_stall(codec, b3) > FROZEN) == is_frozen
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        lambda optim: optax.masked(optim, {"a": False, "w": True}),
+        lambda optim: optax.partition(
+            {"ours": optim, "sgd": optax.sgd(1.0)}, {"a": "sgd", "w": "ours"}
+        ),
+    ],
+    ids=["masked", "partition"],
+)
+def test_a_wrapper_that_leaves_gaps(wrapped: Any):
+    optim, grads = AdEMAMix(1e-3, state_format=BFLOAT16), {"w": normal(0)}
+    params = {"a": {"b": jnp.ones(3)}, **grads}
+    found = eqx_ademamix.stall_report(
+        optim, eqx_ademamix.init(wrapped(optim), params), params
+    )
+    alone = eqx_ademamix.stall_report(optim, eqx_ademamix.init(optim, grads), grads)
+    assert found == alone
+    with pytest.raises(ValueError, match="grads is a dict without the key 'w'"):
+        state = eqx_ademamix.init(wrapped(optim), params)
+        eqx_ademamix.stall_report(optim, state, {"a": params["a"]})

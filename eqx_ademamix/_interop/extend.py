@@ -178,7 +178,11 @@ def _extended(
         value = _beta3(float(schedule.beta_start), float(schedule.beta_end), done)
         where = lambda s: (s.beta_start, s.begin, s.warmup)
     # Python floats, even where there were arrays: in float32, 1 - b3 would lose digits.
-    begin = max(now, float(schedule.begin))
+    # A warm-up that begins later than now still begins then if it gets longer. If it
+    # gets shorter, so does the time until it begins: otherwise, the value could jump.
+    begin, warmup = float(schedule.begin), float(schedule.warmup)
+    shrink = min((length - now) / (warmup - now), 1.0) if now < begin else 0.0
+    begin = now + max(begin - now, 0.0) * shrink
     return eqx.tree_at(where, schedule, (value, begin, length))
 
 
