@@ -271,7 +271,7 @@ def _nonfinite_loss(log: Log, _: DType) -> Iterator[str]:
     """A loss that stays NaN or infinite until the end."""
     loss = log.raw("loss")
     finite = np.flatnonzero(np.isfinite(loss.values))
-    if len(loss.steps) and not len(finite):
+    if len(loss.steps) > 1 and not len(finite):
         yield f"it is not finite in any row, beginning at step {_at(loss.steps[0])}"
     elif len(finite) and finite[-1] + 1 < len(loss.steps):
         last = loss.values[finite[-1]], loss.steps[finite[-1]]

@@ -113,16 +113,14 @@ def _is_for_trees(spec: Callable[[PyTree], Any], arrays: PyTree) -> bool:
         for x in jtu.tree_leaves(arrays)[:1]
         for tree in ({"a": {"a": {"a": x}}}, [[[x]]], _Nested(_Nested(_Nested(x))))
     ]
-    return any(_gives_flags(spec, tree) for tree in (arrays, *nested))
-
-
-def _gives_flags(spec: Callable[[PyTree], Any], tree: PyTree) -> bool:
-    try:
-        found = spec(tree)
-    except Exception:
-        return False
-    flags = jtu.tree_leaves(found)
-    return not is_leaf(found) and bool(flags) and all(map(_is_flag, flags))
+    for tree in (arrays, *nested):
+        try:
+            found = spec(tree)
+        except Exception:
+            continue
+        flags = jtu.tree_leaves(found)
+        return not is_leaf(found) and bool(flags) and all(map(_is_flag, flags))
+    return False
 
 
 def _is_flag(x: Node) -> bool:

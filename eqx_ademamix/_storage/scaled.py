@@ -68,9 +68,11 @@ class AbstractScaled(AbstractBounded):
     def _encode(
         self, value: Array, bounds: Bounds, old: Array | None, seed: Array | None
     ) -> tuple[Array, ...]:
-        # The maximum of each block comes last. XLA on CPUs recomputes everything else
-        # in each kernel that uses it, but not a reduction.
-        scale = jnp.max(_number(self._grid.scales(bounds, old, seed)), axis=-1)
+        # The maximum of each block comes last, and it is that of the patterns, which
+        # have the same order as the bounds. XLA on CPUs recomputes everything else in
+        # each kernel that uses it, but not a reduction.
+        patterns = self._grid.scales(bounds, old, seed)
+        scale = _number(jnp.max(patterns, axis=-1))
         return self._grid.encode(value, scale, seed, self.block_size), scale
 
 
