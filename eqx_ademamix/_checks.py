@@ -222,9 +222,9 @@ def check_not_empty(params: PyTree, trained: Leaves) -> None:
             "array."
         )
     raise ValueError(
-        f"`params` has {len(jtu.tree_leaves(params))} leaves, but none of them is a "
-        "floating-point or complex array, so there is nothing to train. The order of "
-        "arguments is `init(optim, params)`. Convert Python numbers to arrays."
+        "None of the leaves of `params` is a floating-point or complex array, so there "
+        "is nothing to train. The order of arguments is `init(optim, params)`. Convert "
+        "Python numbers to arrays."
     )
 
 

@@ -37,7 +37,8 @@ def diagnose(
         may have `loss`, and what [`eqx_ademamix.stall_report`][] returned, under keys
         such as `stalled/m2/['weight']`. Rows may be in any order. If two rows have the
         same step, as after a resume, the later one counts. Other keys, text, and
-        numbers that are missing or NaN are ignored.
+        numbers that are missing or NaN are ignored, except that a `loss` that is NaN in
+        all of the last rows is reported: leave the key out where it was not logged.
     - `param_dtype`: the dtype of the parameters to which the updates are added. Leave
         it out for 16-bit parameters in an [`eqx_ademamix.Compensated`][], which loses
         nothing.
@@ -250,13 +251,12 @@ _FEW = 10
 
 
 def _nonfinite_gradients(log: Log, _: DType) -> Iterator[str]:
-    fraction = log.raw("nonfinite_fraction")
-    bad = fraction.where(~(fraction.values == 0))
+    fraction = log.get("nonfinite_fraction")
+    bad = fraction.where(fraction.values > 0)
     if len(bad.steps):
-        most = np.nan_to_num(bad.values, nan=1.0).max()
         yield (
             f"in {len(bad.steps)} of {len(fraction.steps)} logged steps, the first of "
-            f"which is {_at(bad.steps[0])}, up to {most:.2g} of the "
+            f"which is {_at(bad.steps[0])}, up to {bad.values.max():.2g} of the "
             "entries are NaN or infinite"
         )
 

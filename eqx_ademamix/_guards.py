@@ -73,7 +73,7 @@ def is_taken(
     grads: Sequence[Inexact[Array, "..."]], count: Int32[Array, ""]
 ) -> Bool[Array, ""]:
     """Whether all gradients are finite. Inside `jax.shard_map`, devices that share the
-    step counter make the same decision."""
+    step counter make the same decision, if JAX tracks what they share (`check_vma`)."""
     flag = _all_finite(list(grads))
     axes = tuple(varying_axes(flag) - varying_axes(count))
     return lax.pmin(flag.astype(jnp.int32), axes) > 0 if axes else flag

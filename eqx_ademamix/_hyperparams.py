@@ -40,7 +40,6 @@ class Domain(NamedTuple):
 finite = Domain(math.isfinite, "a finite number")
 positive = Domain(lambda x: 0 < x < np.inf, "a finite number > 0")
 non_negative = Domain(lambda x: 0 <= x < np.inf, "a finite number >= 0")
-positive = Domain(lambda x: 0 < x < np.inf, "a finite number > 0")
 fraction = Domain(lambda x: 0 <= x <= 1, "a number in [0, 1]")
 decay = Domain(lambda x: 0 <= x < 1, "a number in [0, 1)", is_decay=True)
 # A decay rate that rounds to 1 is legal if a schedule also gives its complement.

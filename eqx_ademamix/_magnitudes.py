@@ -11,6 +11,7 @@ from beartype import beartype
 from jax import lax
 from jaxtyping import Array, Bool, Float, Inexact, PyTree, jaxtyped
 
+from ._sharding import on_every_device
 from ._storage.codec import Encoded, Stored, decode
 
 
@@ -119,7 +120,7 @@ def _mean(x: Float[Array, "..."], arrays: LeafArrays, parts: Parts) -> Array:
 
 
 def _reduced(reduce: Any, x: Array, parts: Parts) -> Float[Array, "*parts"]:
-    return reduce(x, axis=tuple(range(len(parts), x.ndim)))
+    return on_every_device(reduce(x, axis=tuple(range(len(parts), x.ndim))))
 
 
 def _divided(x: Array, scale: Float[Array, "*parts"]) -> Array:
@@ -127,8 +128,10 @@ def _divided(x: Array, scale: Float[Array, "*parts"]) -> Array:
 
 
 def _positive(largest: Array) -> Array:
-    """What to divide by: 1 where the largest number is zero or not finite."""
-    return jnp.where(jnp.isfinite(largest) & (largest > 0), largest, 1.0)
+    """What to divide by: 1 where the largest number is zero or not finite. Its
+    reciprocal is a normal number, because XLA may multiply by that."""
+    scale = jnp.where(jnp.isfinite(largest) & (largest > 0), largest, 1.0)
+    return jnp.minimum(scale, 1.0 / float(jnp.finfo(scale.dtype).tiny))
 
 
 def quotient(x: Array, y: Array) -> Array:

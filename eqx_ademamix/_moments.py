@@ -28,7 +28,16 @@ from ._numerics import (
     power,
     rounded,
 )
-from ._paths import Node, flatten, is_inexact_array, leaves_with_path, on_device
+from ._paths import (
+    Leaves,
+    Node,
+    describe,
+    flatten,
+    is_inexact_array,
+    leaves_with_path,
+    on_device,
+    path_text,
+)
 from ._storage.codec import is_encoded
 from ._typing import no_type_check
 
@@ -149,9 +158,10 @@ def tree_update_moment_per_elem_norm(
     r"""One step of a moving average of powers of the absolute value:
     $m \leftarrow \beta m + (1 - \beta) |g|^n$, which is real even for complex $g$.
 
-    For real $g$ and even $n$, this is [`eqx_ademamix.tree_update_moment`][]. (optax
-    omits the absolute value for real $g$: for odd $n$, its moment has a sign, and for
-    fractional $n$, it can be NaN.)
+    For real $g$ and even $n$, this is [`eqx_ademamix.tree_update_moment`][], except
+    where $|g|^2$ of a finite $g$ overflows: it is the largest finite number here.
+    (optax omits the absolute value for real $g$: for odd $n$, its moment has a sign,
+    and for fractional $n$, it can be NaN.)
 
     **Arguments:**
 
@@ -167,8 +177,8 @@ def tree_update_moment_per_elem_norm(
 
     **Raises:**
 
-    - `ValueError`: if the trees do not fit together, or if `decay` is out of range or a
-        16-bit array.
+    - `ValueError` or `TypeError`: if the trees do not fit together, or if `decay` is
+        out of range or a 16-bit array.
 
     !!! Example
 
@@ -246,6 +256,7 @@ def _tree_average(
 ) -> PyTree:
     _check_dense("moments", moments)
     like = flatten(on_device(moments))
+    _check_inexact("moments", like)
     gs = checked_leaves(
         "updates",
         on_device(updates),
@@ -263,6 +274,16 @@ def _tree_average(
         return rounded(moving_average(cast(m, real), of(cast(g, real)), decay), m.dtype)
 
     return like.rebuilt(list(map(average, gs, like.values)))
+
+
+def _check_inexact(name: str, leaves: Leaves) -> None:
+    for path, x in zip(leaves.paths, leaves.values, strict=True):
+        if x is not None and not is_inexact_array(x):
+            raise TypeError(
+                f"{name}{path_text(path)} is {describe(x)}, but a moving average must "
+                "be a floating-point or complex array. Integers would round its steps "
+                "away."
+            )
 
 
 def _check_dense(name: str, tree: PyTree) -> None:

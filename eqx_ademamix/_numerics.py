@@ -270,7 +270,7 @@ def seed_at(count: Integer[Array, ""], path: PathWords) -> UInt32[Array, ""]:
     """The seed for rounding a leaf in one step, from the counter and from the path, as
     `path_words` gives it. It grows by an odd number in every step."""
     step = count.astype(np.uint32) + np.uint32(1)
-    return jnp.asarray(path)[step & np.uint32(1)] + step * _GOLDEN
+    return _of_parity(path, step) + step * _GOLDEN
 
 
 def path_words(path: str) -> np.ndarray:
@@ -283,8 +283,15 @@ def path_words(path: str) -> np.ndarray:
 
 def path_word(count: Integer[Array, ""], path: PathWords) -> UInt32[Array, ""]:
     """The hash of a path, from what `path_words` gives. It is the same at any count."""
-    parity = count.astype(np.uint32) & np.uint32(1)
-    return jnp.asarray(path)[parity] - parity
+    step = count.astype(np.uint32)
+    return _of_parity(path, step) - (step & np.uint32(1))
+
+
+def _of_parity(path: PathWords, step: UInt32[Array, ""]) -> UInt32[Array, ""]:
+    """The first number in even steps, the second in odd ones. (Indexing would fail for
+    a batch of steps that is split over an explicit mesh axis.)"""
+    is_it = jnp.arange(2, dtype=np.uint32) == (step & np.uint32(1))
+    return jnp.sum(jnp.where(is_it, jnp.asarray(path), np.uint32(0)), dtype=np.uint32)
 
 
 def evenly_spread(

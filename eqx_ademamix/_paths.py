@@ -205,6 +205,8 @@ def describe(x: Node) -> str:
         name = getattr(x, "__name__", type(x).__name__)
         return f"the function `{shortened(name, 60)}`"
     if isinstance(x, dict):
+        if not x:
+            return "an empty dict"
         keys = ", ".join(shortened(repr(key), 30) for key in list(x)[:4])
         return f"a dict with the keys {keys}{', ...' if len(x) > 4 else ''}"
     if type(x) in (list, tuple):

@@ -91,6 +91,12 @@ def _elapsed(step: Step, offset: HyperParam) -> Array:
     return jnp.maximum(_floats(step) + wide(offset), 0.0)
 
 
+def _normal(x: HyperParam) -> Array:
+    """A positive number that XLA does not take for 0, as it does a subnormal one."""
+    x = wide(x)
+    return jnp.maximum(x, jnp.finfo(x.dtype).tiny)
+
+
 def _time(offset: HyperParam) -> str:
     return "t" if is_zero(offset) else f"t + {shown(offset)}"
 
@@ -225,7 +231,7 @@ def alpha_scheduler(
 
     $$
     \alpha(t) = (1 - \mu) \, \alpha_\text{start} + \mu \, \alpha,
-    \qquad \mu = \min\left(1, \frac{t + \text{offset}}{\text{warmup}}\right)
+    \qquad \mu = \min\left(1, \frac{\max(0, t + \text{offset})}{\text{warmup}}\right)
     $$
 
     Array arguments are leaves of the returned module: traced under `eqx.filter_jit`, so
@@ -282,7 +288,7 @@ def beta3_scheduler(
     $$
     \frac{1}{\log \beta_3(t)} = \frac{1 - \mu}{\log \beta_\text{start}}
     + \frac{\mu}{\log \beta_\text{end}},
-    \qquad \mu = \min\left(1, \frac{t + \text{offset}}{\text{warmup}}\right)
+    \qquad \mu = \min\left(1, \frac{\max(0, t + \text{offset})}{\text{warmup}}\right)
     $$
 
     Array arguments are leaves of the returned module: traced under `eqx.filter_jit`, so
@@ -365,7 +371,7 @@ class LogTimeBetaSchedule(AbstractSchedule):
         $\\beta$ at these steps, in the default float.
         """
         t = _elapsed(step, self.offset)
-        return t / (wide(self.delta) + t)
+        return t / (_normal(self.delta) + t)
 
     @no_type_check
     def complement(self, step: Step) -> Float[Array, "*steps"]:
@@ -373,7 +379,7 @@ class LogTimeBetaSchedule(AbstractSchedule):
 
         **Arguments:** and **Returns:** as for calling the schedule.
         """
-        t, delta = _elapsed(step, self.offset), wide(self.delta)
+        t, delta = _elapsed(step, self.offset), _normal(self.delta)
         return jnp.maximum(delta / (delta + t), jnp.finfo(t.dtype).tiny)
 
     def describe(self) -> str:
@@ -431,7 +437,7 @@ class LogTimeWeightDecaySchedule(AbstractSchedule):
         $\\lambda$ at these steps, in the default float.
         """
         t = _elapsed(step, self.offset)
-        return saturated(wide(self.omega) / (wide(self.timescale) + t))
+        return saturated(wide(self.omega) / (_normal(self.timescale) + t))
 
     def describe(self) -> str:
         since = f"{shown(self.timescale)} + {_time(self.offset)}"
@@ -468,7 +474,7 @@ def log_time_beta_scheduler(
     - `delta`: $\delta$, above 0. The paper uses 8 and finds that it matters little.
     - `offset`: a number that is added to the step. Optimizers call a schedule with the
         number of steps taken so far (0, 1, 2, ...). The paper's code counts 1, 2, 3,
-        ..., which is `offset=1`.
+        ..., which is `offset=1`. The sum counts as 0 while it is negative.
 
     **Returns:**
 

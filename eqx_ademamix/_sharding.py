@@ -5,8 +5,9 @@ from typing import Any, TypeAlias, TypeGuard
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
-from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from jaxtyping import Array
 
 from ._numerics import DTypeLike
@@ -48,6 +49,8 @@ def zeros_beside(like: Array, dtype: DTypeLike) -> Array:
     if not isinstance(like, Tracer):
         return jnp.zeros_like(like, dtype=dtype)
     x = like.real
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        x = x.astype(np.float32)  # no integer is NaN, which XLA sees
     return ((x != x) & (x == x)).astype(dtype)
 
 
@@ -101,6 +104,34 @@ def in_sharding_of(x: Array, like: Array) -> Array:
     if typeof is None or not is_explicit(sharding) or typeof(x).sharding == sharding:
         return x
     return jax.sharding.reshard(x, sharding)
+
+
+def on_every_device(x: Array) -> Array:
+    """A small array with a copy on every device, where it is split over explicit mesh
+    axes."""
+    typeof = getattr(jax, "typeof", None)
+    sharding: Any = getattr(typeof(x), "sharding", None) if typeof else None
+    if not is_explicit(sharding) or not any(sharding.spec):
+        return x
+    return jax.sharding.reshard(x, NamedSharding(sharding.mesh, PartitionSpec()))
+
+
+def on_devices(sharding: Any) -> Any:
+    """A sharding over the mesh of `jax.set_mesh` in place of the abstract mesh of a
+    `jax.eval_shape`, if they are alike. Others are returned as they are."""
+    if not is_abstract(sharding):
+        return sharding
+    get_mesh = getattr(jax.sharding, "get_mesh", None)
+    mesh = get_mesh() if get_mesh else None
+    if mesh is None or mesh.empty or mesh.abstract_mesh != sharding.mesh:
+        return sharding
+    return NamedSharding(mesh, sharding.spec, memory_kind=sharding.memory_kind)
+
+
+def is_abstract(sharding: object) -> bool:
+    """Whether a sharding has no devices, as `jax.eval_shape` gives it for arrays with
+    explicit mesh axes."""
+    return isinstance(sharding, NamedSharding) and not isinstance(sharding.mesh, Mesh)
 
 
 def is_explicit(sharding: Any) -> bool:

@@ -13,7 +13,15 @@ from ._filters import trained_arrays
 from ._inspection import BLOCKS_SPAN_DEVICES
 from ._memory import HOST, is_in_host
 from ._optimizer import AbstractOptimizer, OptaxOptimizer, init
-from ._paths import Node, Path, flatten, full_path_text, path_text, table
+from ._paths import (
+    Node,
+    Path,
+    flatten,
+    full_path_text,
+    path_text,
+    shortened,
+    table,
+)
 from ._sharding import Spec, partition_spec, spec_of, spec_text
 from ._storage.codec import AbstractCodec, Encoded, Struct, holds_blocks
 from ._typing import no_type_check
@@ -298,13 +306,23 @@ def _own_spec(path: Path, param: Array | Struct, mesh: Mesh) -> Spec:
     is_named = isinstance(sharding, NamedSharding)
     if sharding is None or (not is_named and sharding.is_fully_replicated):
         return ((),) * len(param.shape)
-    if not is_named or dict(sharding.mesh.shape) != dict(mesh.shape):
+    if not is_named or not _is_same(sharding.mesh, mesh):
         raise ValueError(
-            f"params{path_text(path)} is sharded with {sharding}, but `mesh` has the "
-            f"axes {dict(mesh.shape)}. Put the parameters on this mesh, or describe "
-            "them with `jax.ShapeDtypeStruct`."
+            f"params{path_text(path)} is sharded with {sharding}, but not over `mesh`: "
+            f"{_described(mesh)}. Put the parameters on this mesh, or describe them "
+            "with `jax.ShapeDtypeStruct`."
         )
     return spec_of(sharding, len(param.shape))
+
+
+def _is_same(found: Any, mesh: Mesh) -> bool:
+    """Whether a mesh, or the abstract one that `jax.eval_shape` gives, is this one."""
+    return found == (mesh if isinstance(found, Mesh) else mesh.abstract_mesh)
+
+
+def _described(mesh: Mesh) -> str:
+    ids = [device.id for device in mesh.devices.flat]
+    return f"{mesh}, with the devices {shortened(str(ids), 60)}"
 
 
 def _extended(spec: Spec, axis: int, names: tuple[str, ...]) -> Spec:

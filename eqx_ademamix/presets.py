@@ -59,6 +59,9 @@ class OtherOverrides(TypedDict, total=False):
     bias_correct_m2: bool
     decoupled_weight_decay: bool
     learning_rate_scale: Scales
+    max_slow_ratio: HyperParamLike | None
+    clip_update_rms: HyperParamLike | None
+    skip_nonfinite: bool
 
 
 class Overrides(OtherOverrides, total=False):

@@ -310,6 +310,38 @@ def test_onto_other_devices(mesh_8: Mesh, path: pathlib.Path):
         assert_same(load(path, tuple(structs)), tree)
 
 
+if hasattr(jax, "set_mesh"):
+
+    def test_a_template_over_an_abstract_mesh(path: pathlib.Path):
+        """What `jax.eval_shape` gives for explicit axes knows no devices."""
+        mesh_8 = meshes()[-1]
+
+        def make() -> Any:
+            return jax.device_put(jnp.arange(16.0), on(mesh_8, "a"))
+
+        save(path, make())
+        like = eqx.filter_eval_shape(make)
+        with pytest.raises(
+            ValueError, match=r"^like has the sharding .* names no devices"
+        ):
+            load(path, like)
+        with jax.set_mesh(mesh(2, 4)):
+            with pytest.raises(ValueError, match="names no devices"):
+                load(path, like)
+        with jax.set_mesh(mesh_8):
+            assert_same(load(path, like), make())
+
+
+@pytest.mark.parametrize("mesh_8", meshes(), ids=("auto", "explicit")[: len(meshes())])
+def test_weak_types_on_devices(mesh_8: Mesh, path: pathlib.Path):
+    x = jnp.full_like(jnp.asarray(2.0), 2.0, shape=(16,))
+    for sharding in (on(mesh_8, "a"), on(mesh_8)):
+        placed = jax.device_put(x, sharding)
+        assert placed.weak_type
+        save(path, placed)
+        assert_same(load(path, placed), placed)
+
+
 def test_not_committed_to_the_first_device(path: pathlib.Path):
     """Counters on one device can be used together with sharded parameters."""
     params = jax.device_put(jnp.ones((8, 2)), on(mesh(8), "a"))

@@ -410,7 +410,18 @@ def test_gaps_and_nans_are_ignored():
         ([{"step": 1, "skipped": 0}, {"step": 9, "skipped": 0}], []),
         ([{"step": 1, "loss": 1.0}, {"step": 2, "loss": np.inf}], [DIVERGED]),
         ([{"step": i, "loss": [1.0, np.nan][i % 2]} for i in range(9)], []),
-        ([{"step": 1, "nonfinite_fraction": np.nan}], [NONFINITE]),
+        # Missing in most rows, as pandas fills in.
+        (
+            [
+                {"step": i, "loss": 2.0, "nonfinite_fraction": [np.nan, 0.0][i % 2]}
+                for i in range(1, 41)
+            ],
+            [],
+        ),
+        (
+            [{"step": i, "nonfinite_fraction": x} for i, x in enumerate((np.nan, 0.5))],
+            [NONFINITE],
+        ),
         ([{"step": 1, "stalled/m2/w": 0.9}, {"step": 2, "stalled/m2/w": 0.1}], []),
         ([{"step": 1, "stalled/m/w": 0.9, "stalled/nu/w": 0.5}], [FROZEN]),
         # Converged: a large ratio, but small updates.

@@ -438,7 +438,7 @@ CASES = (
     (
         "nothing to train for optax",
         lambda: init(ADAM, {"a": 1.0, "b": "name"}),
-        "`params` has 2 leaves, but none of them is a floating-point or complex array",
+        "None of the leaves of `params` is a floating-point or complex array",
     ),
     (
         "model first",
@@ -726,12 +726,12 @@ CASES = (
     (
         "nothing inexact",
         lambda: init(OPTIM, {"n": 3, "f": jnp.tanh, "i": jnp.ones(2, int)}),
-        "`params` has 3 leaves, but none of them is a floating-point or complex array",
+        "None of the leaves of `params` is a floating-point or complex array",
     ),
     (
         "Python floats",
         lambda: init(OPTIM, 1.0),
-        "`params` has 1 leaves, but none of them is",
+        "None of the leaves of `params` is",
     ),
     # masks
     (
@@ -1417,6 +1417,13 @@ CASES = (
     ),
     # Many devices
     (
+        "a moving average of integers",
+        lambda: eqx_ademamix.tree_update_moment(
+            {"w": jnp.ones(2)}, {"w": jnp.zeros(2, jnp.int32)}, 0.9, 1
+        ),
+        r"^moments\['w'\] is an int32 array of shape \(2,\), but a moving average must",
+    ),
+    (
         "an axis that the mesh does not have",
         lambda: state_sharding(OPTIM, MODEL, MESH, axis="rows"),
         r"^`axis` is 'rows', but `mesh` has the axes 'data', 'model'\.$",
@@ -1431,9 +1438,9 @@ CASES = (
     (
         "parameters on another mesh",
         lambda: state_sharding(OPTIM, SPLIT, MESH, axis="model"),
-        r"^params\['w'\] is sharded with NamedSharding\(.*, but `mesh` has the axes "
-        r"\{'data': 1, 'model': 8\}\. Put the parameters on this mesh, or describe "
-        r"them with `jax\.ShapeDtypeStruct`\.$",
+        r"^params\['w'\] is sharded with NamedSharding\(.*, but not over `mesh`: "
+        r"Mesh\(.*\), with the devices \[0, 1, 2, 3, 4, 5, 6, 7\]\. Put the "
+        r"parameters on this mesh, or describe them with `jax\.ShapeDtypeStruct`\.$",
     ),
     # Offloaded
     (
@@ -1542,7 +1549,7 @@ CASES = (
     (
         "nothing to train, Compensated",
         lambda: init(COMPENSATED, {"n": 3}),
-        "`params` has 1 leaves, but none of them is a floating-point",
+        "None of the leaves of `params` is a floating-point",
     ),
     (
         "hyperparams of a chain",
@@ -1580,6 +1587,13 @@ CASES = (
             MODEL,
         ),
         "`optim` is a `GradientTransformationExtraArgs`, but `num` is computed from the `b1` of the",
+    ),
+    (
+        "a weight that optax does not keep",
+        lambda: eqx_ademamix.to_optax(
+            init(AdEMAMix(1e-3, bias_correct_m2=True), MODEL)
+        ),
+        "`state` has `m2_weight`, which optax's optimizers do not keep: their `b1` and",
     ),
     (
         "no m1 in another format",
@@ -1949,7 +1963,7 @@ CASES = (
     (
         "nothing to train in a step",
         lambda: make_step(mean, OPTIM).init({"n": 1}),
-        "`params` has 1 leaves, but none of them is a floating-point",
+        "None of the leaves of `params` is a floating-point",
     ),
     # checkpoints (those that need a file are in test_checkpoint.py)
     (

@@ -357,3 +357,8 @@ def test_every_preset_is_in_the_table():
         and obj.__module__ == presets.__name__
         and not name.startswith("_")
     }
+
+
+def test_the_types_of_overrides_name_every_argument():
+    names = set(inspect.signature(eqx_ademamix.AdEMAMix).parameters)
+    assert set(presets.Overrides.__annotations__) == names

@@ -261,6 +261,78 @@ def test_change_state_format_adds_and_drops_weights():
     assert change_state_format(plain, simplified, p).nu_weight == 0.0
 
 
+@pytest.mark.parametrize(
+    "fmt", (StateFormat.float32(), everywhere(StateFormat.compact()))
+)
+def test_constant_decays_after_schedules(fmt: StateFormat):
+    """The corrected moments stay, though the weights by which they are divided do
+    not."""
+    scheduled = optimizer(b1=LATER, b2=LOG_TIME, bias_correct_m2=True)
+    _, state = run(scheduled, 7)
+    constant = optimizer(b1=0.9, b2=0.999, state_format=fmt)
+    new = change_state_format(state, constant, jnp.zeros(3))
+    assert tree_type(new) == tree_type(init(constant, jnp.zeros(3)))
+    found, rtol = (
+        eqx_ademamix.decoded(new),
+        1e-6 if fmt == StateFormat.float32() else 0.1,
+    )
+    m1, nu = state.m1 / state.m1_weight, state.nu / state.nu_weight
+    np.testing.assert_allclose(found.m1 / (1 - 0.9**7), m1, rtol)
+    np.testing.assert_allclose(found.nu / (1 - 0.999**7), nu, rtol)
+    fresh = change_state_format(init(scheduled, jnp.zeros(3)), constant, jnp.zeros(3))
+    assert not eqx_ademamix.decoded(fresh).nu.any()
+
+
+def test_constant_decays_without_m1():
+    _, state = run(optimizer(b1=LATER, b2=LOG_TIME), 7)
+    without = optimizer(b1=0.0)
+    new = change_state_format(state, without, jnp.zeros(3))
+    assert tree_type(new) == tree_type(init(without, jnp.zeros(3)))
+
+
+def test_optax_after_schedules(standard_promotion: Any):
+    g, p = jnp.asarray(GRADS[7], jnp.float32), jnp.zeros(3)
+    _, state = run(optimizer(b1=LATER, b2=LOG_TIME), 7)
+    optim = optimizer(b1=0.9, b2=0.999)
+    constant = change_state_format(state, optim, p)
+    expected, _ = update(optim, g, constant, p)
+    theirs: Any = optax.contrib.ademamix(0.1, b1=0.9, b2=0.999, b3=0.99, alpha=2.0)
+    opt_state = (eqx_ademamix.to_optax(constant), *theirs.init(p)[1:])
+    np.testing.assert_allclose(theirs.update(g, opt_state, p)[0], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "to", "name"),
+    (
+        ({"b1": LATER}, "to_optax", "m1_weight"),
+        ({"b1": LATER}, "to_adamw", "m1_weight"),
+        ({"b2": LATER}, "to_optax", "nu_weight"),
+        ({"b2": LATER}, "to_adamw", "nu_weight"),
+        ({"bias_correct_m2": True}, "to_optax", "m2_weight"),
+    ),
+)
+def test_optax_has_no_weights(fields: Any, to: str, name: str):
+    """It would divide by others, and the steps would be too short or too long."""
+    state = init(optimizer(**fields), jnp.zeros(3))
+    text = f"^`state` has `{name}`, which optax's optimizers do not keep"
+    with pytest.raises(ValueError, match=text):
+        getattr(eqx_ademamix, to)(state)
+    without = change_state_format(state, optimizer(), jnp.zeros(3))
+    getattr(eqx_ademamix, to)(without)
+
+
+def test_optax_has_no_weights_of_simplified():
+    p, scheduled = jnp.zeros(3), SimplifiedAdEMAMix(1.0, b2=LATER)
+    _, state = run(scheduled, 5)
+    with pytest.raises(ValueError, match=r"^`state` has `nu_weight`, which optax's"):
+        eqx_ademamix.to_optax(state)
+    new = change_state_format(state, SimplifiedAdEMAMix(1.0, b2=0.9), p)
+    nu = eqx_ademamix.to_optax(new).n
+    np.testing.assert_allclose(nu / (1 - 0.9**5), state.nu / state.nu_weight, 1e-6)
+    # AdamW has no slow average, so its weight does not matter there.
+    eqx_ademamix.to_adamw(init(optimizer(bias_correct_m2=True), p))
+
+
 def test_save_and_load(tmp_path: Any):
     optim = optimizer(b1=LOG_TIME, b2=LATER, b3=LOG_TIME)
     _, state = run(optim, 3)

@@ -9,7 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eqx_ademamix import alpha_scheduler, beta3_scheduler
+from eqx_ademamix import (
+    alpha_scheduler,
+    beta3_scheduler,
+    log_time_beta_scheduler,
+    log_time_weight_decay_scheduler,
+)
 
 from .helpers import reference_b3, x64
 
@@ -187,3 +192,11 @@ def test_fields_are_typed():
 def test_bad_arguments(make: Any, text: str):
     with pytest.raises((ValueError, TypeError), match=text):
         make()
+
+
+def test_subnormal_time_scales():
+    """XLA takes subnormal numbers for zero."""
+    schedule = log_time_beta_scheduler(1e-40)
+    assert schedule(0) == 0.0 and schedule.complement(0) == 1.0
+    assert log_time_weight_decay_scheduler(0.0, 1e-40)(0) == 0.0
+    assert log_time_weight_decay_scheduler(1e-3, 1e-40)(0) > 1e30

@@ -1,6 +1,7 @@
 """States on many devices: `init` keeps the shardings of the parameters, and the step is
 local. These tests read shardings and the collectives of compiled programs."""
 
+import contextlib
 import functools as ft
 import re
 from typing import Any
@@ -16,7 +17,13 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import eqx_ademamix
-from eqx_ademamix import AdEMAMix, Compensated, Encoded, SimplifiedAdEMAMix
+from eqx_ademamix import (
+    AdEMAMix,
+    Compensated,
+    Encoded,
+    SimplifiedAdEMAMix,
+    SplitBfloat16,
+)
 
 from .helpers import COMPACT, assert_trees_close, everywhere
 
@@ -30,6 +37,10 @@ FORMATS = {
     "float32": eqx_ademamix.StateFormat.float32(),
     "half": everywhere(eqx_ademamix.StateFormat.half()),
     "compact": COMPACT,
+    # A codec with codes and other arrays of integers.
+    "split": everywhere(
+        eqx_ademamix.StateFormat(SplitBfloat16(), SplitBfloat16(), jnp.float32)
+    ),
 }
 SHAPE = (64, 2048)
 # Meshes, and shardings whose shards hold whole blocks.
@@ -82,7 +93,7 @@ def collectives(program: Any) -> list[str]:
         r"reduce-scatter)[\w\-]*\(",
         program.as_text(),
     )
-    return [x for x in found if not re.fullmatch(r"\w+\[\]\S*", x)]
+    return [x for x in found if re.search(r"\[\d", x)]
 
 
 @formats
@@ -146,6 +157,48 @@ def test_the_step_is_local(axis_type: str, layout: str, name: str):
         params, state = step(params, state)
         assert_beside((params, state), sharding)
     assert step._cache_size() == 1
+
+
+@axis_types
+def test_a_check_of_parameters_gathers_nothing(axis_type: str):
+    sharding = sharding_of("rows", axis_type)
+    optim = Compensated(AdEMAMix(1e-3), check_params=True)
+    params = params_on(sharding, jnp.bfloat16)
+    state = optim.init(params)
+    program = jax.jit(optim.update).lower(params, state, params).compile()
+    assert collectives(program) == []
+
+
+@axis_types
+@pytest.mark.parametrize(
+    "optim",
+    (
+        AdEMAMix(1e-3, skip_nonfinite=True, clip_update_rms=1.0),
+        AdEMAMix(1e-3, state_format=COMPACT),
+        SimplifiedAdEMAMix(1e-3),
+        Compensated(AdEMAMix(1e-3)),
+    ),
+    ids=("float32", "compact", "Simplified", "Compensated"),
+)
+def test_an_ensemble_that_is_split(optim: Any, axis_type: str):
+    """One or more members on each device."""
+    dtype = jnp.bfloat16 if isinstance(optim, Compensated) else jnp.float32
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 512)), dtype)
+    mesh = sharding_of("rows", axis_type).mesh
+    split = NamedSharding(mesh, P("a"))
+    state = jax.vmap(optim.init)(x)
+    step = jax.jit(jax.vmap(optim.update))
+    expected = step(x, state, x)
+    with getattr(jax, "set_mesh", contextlib.nullcontext)(mesh):
+        args = jax.device_put((x, state, x), split)
+        found = step(*args)
+        for y in jtu.tree_leaves(found):
+            assert y.sharding.is_equivalent_to(split, y.ndim), y.shape
+        assert collectives(step.lower(*args).compile()) == []
+    for y, z in zip(*map(jtu.tree_leaves, (found, expected)), strict=True):
+        assert y.dtype == z.dtype
+        if y.dtype == jnp.float32:
+            np.testing.assert_allclose(y, z, rtol=1e-5, atol=1e-7)
 
 
 @axis_types

@@ -1746,7 +1746,7 @@ ERRORS: dict[str, Any] = {
     ),
     "nothing to train": (
         lambda: init(OPTIM, {"n": 3, "f": jnp.tanh}),
-        "`params` has 2 leaves, but none of them is a floating-point or complex array",
+        "None of the leaves of `params` is a floating-point or complex array",
     ),
     "frozen since": (
         updated(SimplifiedAdEMAMix(1, trainable=lambda x: x.ndim > 1)),

@@ -399,6 +399,41 @@ if HAS_HOST_MEMORY:
 #
 
 
+@pytest.mark.parametrize("other", ("order of axes", "devices", "axis types"))
+def test_parameters_on_another_mesh(other: str):
+    devices = np.array(jax.devices())
+    first = {
+        "order of axes": Mesh(devices.reshape(2, 4), ("a", "data")),
+        "devices": Mesh(devices[4:], ("data",)),
+        "axis types": MESHES.get("explicit", Mesh(devices[::-1], ("data",))),
+    }[other]
+    second = {
+        "order of axes": Mesh(devices.reshape(4, 2), ("data", "a")),
+        "devices": Mesh(devices[:4], ("data",)),
+        "axis types": MESHES["auto"],
+    }[other]
+    params = everywhere_on(first, {"w": jnp.ones((64, 64))})
+    text = (
+        r"^params\['w'\] is sharded with .*, but not over `mesh`: Mesh\(.*\), with the"
+    )
+    with pytest.raises(ValueError, match=text):
+        state_sharding(AdEMAMix(1e-3), params, second, axis="data")
+    assert state_sharding(AdEMAMix(1e-3), params, first, axis="data")
+
+
+if hasattr(jax, "set_mesh"):
+
+    def test_shapes_over_an_abstract_mesh():
+        mesh = MESHES["explicit"]
+        params = jax.device_put(jnp.ones((64, 2048)), NamedSharding(mesh, P("data")))
+        shapes = jax.eval_shape(lambda: params)
+        optim = AdEMAMix(1e-3)
+        found, expected = (
+            state_sharding(optim, x, mesh, axis="data") for x in (shapes, params)
+        )
+        assert found == expected
+
+
 def test_an_axis_that_splits_nothing():
     params = {"a": jnp.ones((7, 3)), "b": jnp.ones(5)}
     with pytest.raises(

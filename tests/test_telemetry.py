@@ -1,5 +1,6 @@
 """`telemetry`: numbers to watch, compared with NumPy in float64."""
 
+import pathlib
 import re
 from typing import Any
 
@@ -485,13 +486,18 @@ def test_one_trace_for_all_steps():
     assert len(traces) == 1
 
 
+KINDS = getattr(jax.sharding, "AxisType", None)
+
+
+@pytest.mark.parametrize("kind", ["Auto"] if KINDS is None else ["Auto", "Explicit"])
 @pytest.mark.parametrize("fmt", ["float32", "compact"])
-def test_eight_devices(fmt: str):
+def test_eight_devices(fmt: str, kind: str):
     params = {"a": normal(0, (16, 512)), "b": normal(1, (8,)), "c": jnp.ones((3, 2))}
     optim = AdEMAMix(1e-3, state_format=FORMATS[fmt])
     state, trees = run(optim, params)
     expected = telemetry(optim, state, per_path=True, stacked="a", **trees)
-    mesh = Mesh(np.array(jax.devices()), ("data",))
+    types: Any = {} if KINDS is None else {"axis_types": (KINDS[kind],)}
+    mesh = Mesh(np.array(jax.devices()), ("data",), **types)
 
     def spread(x: Any) -> Any:
         is_split = x.ndim > 0 and x.shape[0] % 8 == 0
@@ -505,6 +511,18 @@ def test_eight_devices(fmt: str):
 
     for found in (call(*sharded), jax.jit(call)(*sharded)):
         agree(found, {key: float(x) for key, x in expected.items()})
+
+
+@pytest.mark.parametrize("largest", (9e37, 3e38))
+def test_the_largest_magnitudes(largest: float):
+    """Their reciprocals are subnormal, which XLA takes for zero."""
+    optim, params = AdEMAMix(1e-3), jnp.ones(4)
+    grads = jnp.asarray([1.0, 1.0, 1.0, largest])
+    state = init(optim, params)
+    row = telemetry(optim, state, grads=grads, params=params * largest)
+    np.testing.assert_allclose(row["grad_rms"], largest / 2, rtol=1e-6)
+    np.testing.assert_allclose(row["param_rms"], largest, rtol=1e-6)
+    assert row["nonfinite_fraction"] == 0
 
 
 @pytest.mark.parametrize("scale", [1e-170, 1.0, 1e150])
@@ -569,3 +587,19 @@ def test_a_tree_without_leaves():
     optim = AdEMAMix(1e-3)
     found = telemetry(optim, init(optim, {}), per_path=True)
     assert set(found) == {"learning_rate", "alpha", "b3", "b3_half_life"}
+
+
+def test_the_page_has_the_cosines_of_signal_and_noise():
+    """The correlation of averages of gradients with the mean mu and the deviation 1."""
+    page = pathlib.Path(__file__).parents[1] / "docs/watching.md"
+    b1, b3 = 0.9, 0.9999
+    shared = (1 - b1) * (1 - b3) / (1 - b1 * b3)
+    fast, slow = ((1 - b) / (1 + b) for b in (b1, b3))
+    cells = [
+        f"{(mu**2 + shared) / np.sqrt((mu**2 + fast) * (mu**2 + slow)):.2f}"
+        for mu in (0.0, 0.05, 1.0)
+    ]
+    assert f"| cosine | {' | '.join(cells)} |" in page.read_text()
+    ratios = [np.sqrt((mu**2 + slow) / (mu**2 + fast)) for mu in (0.0, 0.05, 1.0)]
+    texts = " | ".join(f"${x:.2f} \\alpha$" for x in ratios)
+    assert f"| ratio | {texts} |" in page.read_text()

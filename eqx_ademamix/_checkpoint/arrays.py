@@ -10,7 +10,7 @@ from jaxtyping import Array
 
 from .._numerics import AnyArray, DType
 from .._paths import Node, with_article
-from .._sharding import is_committed
+from .._sharding import is_committed, on_devices
 from .file import DTYPES, Raw
 
 
@@ -97,16 +97,15 @@ def from_raw(raw: Raw, like: ArrayLike) -> AnyArray:
     if isinstance(like, (np.ndarray, np.generic)):
         host = host.astype(like.dtype, copy=False)
         return host if isinstance(like, np.ndarray) else host[()]
-    array = _placed(host, like)
-    array = _as_weak(array) if getattr(like, "weak_type", False) else array
-    return jax.block_until_ready(array)  # `raw` is no longer needed
+    array = _as_weak(host) if getattr(like, "weak_type", False) else host
+    return jax.block_until_ready(_placed(array, like))  # `raw` is no longer needed
 
 
 def _placed(x: Any, like: Any) -> Array:
     """An array with the sharding of another one, which a jitted call may overwrite. It
     is copied, because JAX can leave an array in NumPy's memory, and donating that has
     crashed some versions."""
-    sharding = like.sharding
+    sharding = on_devices(like.sharding)
     if sharding is None or _may_move(like):
         return jax.device_put(x).copy()
     array = (
@@ -125,8 +124,8 @@ def _may_move(x: Any) -> bool:
     return x.sharding == default and not is_committed(x)
 
 
-def _as_weak(x: Array) -> Array:
-    """The array with a weak type, which it gets from the Python number that it
+def _as_weak(x: np.ndarray) -> AnyArray:
+    """An array with a weak type, which it gets from the Python number that it
     overwrites."""
     zeros = jnp.full_like(jnp.asarray(x.dtype.type(0).item()), 0, shape=x.shape)
     return zeros.at[...].set(x) if zeros.dtype == x.dtype else x

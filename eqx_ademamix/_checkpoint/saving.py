@@ -27,6 +27,7 @@ from .fit import (
     check_concrete,
     check_enabled,
     check_fit,
+    check_has_devices,
     check_names,
     check_savable,
     moments_in,
@@ -140,7 +141,8 @@ def load(
         not written by `save`, was written by a newer version of it, or does not fit
         `like` or `optim`. The message names the first path that differs and both
         values.
-    - `ValueError`: if `like` has 64-bit arrays, but JAX has 64-bit types disabled.
+    - `ValueError`: if `like` has 64-bit arrays, but JAX has 64-bit types disabled; or
+        if it has a sharding without devices, and no mesh is set.
     - `ImportError`: if safetensors is not installed.
 
     !!! Example
@@ -166,6 +168,7 @@ def load(
     check_names("like", leaves)
     check_concrete("like", leaves)
     check_enabled(leaves)
+    check_has_devices(leaves)
     _check_optim(optim)
     expected = contents_of(like, leaves, optim)
     # A file may hold NaNs, which are copied, not computed.

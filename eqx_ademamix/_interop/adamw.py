@@ -16,7 +16,7 @@ from .._storage.codec import Encoded, Stored
 from .._typing import no_type_check
 from .adopt import adopted, copied, copies, our_state
 from .target import blank_state, continued
-from .weights import weight_after
+from .weights import check_no_weights, weight_after
 
 
 @overload
@@ -121,7 +121,9 @@ def to_adamw(state: AdEMAMixState) -> optax.ScaleByAdamState:
 
     **Raises:**
 
-    - `ValueError`: if it is not such a state, or has no `m1` because `b1=0`.
+    - `ValueError`: if it is not such a state; if it has no `m1`, because `b1=0`; or if
+        `b1` or `b2` is a schedule. First convert such a state with
+        [`eqx_ademamix.change_state_format`][].
 
     !!! Example
 
@@ -137,6 +139,7 @@ def to_adamw(state: AdEMAMixState) -> optax.ScaleByAdamState:
         ```
     """
     state = our_state(state)
+    check_no_weights(state, ("m1_weight", "nu_weight"))
     if jax.tree.leaves(state.m2) and not jax.tree.leaves(state.m1):
         raise ValueError(
             "`state` has no first moment, since its optimizer has `b1=0`, but Adam "

@@ -15,7 +15,7 @@ from .._state import AbstractMomentState, AdEMAMixState, SimplifiedAdEMAMixState
 from .._typing import no_type_check
 from .adopt import adopted, copied, copies
 from .target import blank_state, continued
-from .weights import num_after, weight_after
+from .weights import check_no_weights, num_after, weight_after
 
 
 @overload
@@ -140,6 +140,12 @@ def to_optax(
     there. It shares no buffer with `state`. At `b1=0`, its `m1` is zero: we do not
     store it, and optax's next step does not read it.
 
+    **Raises:**
+
+    - `ValueError`: if it is not such a state, or has a weight that optax does not keep,
+        because `b1` or `b2` is a schedule or because of `bias_correct_m2`. First
+        convert it with [`eqx_ademamix.change_state_format`][].
+
     !!! Example
 
         ```python
@@ -154,6 +160,7 @@ def to_optax(
         ```
     """
     found = decoded(find(state, is_moment_state, "of AdEMAMix", name="state"))
+    check_no_weights(found)
     if isinstance(found, SimplifiedAdEMAMixState):
         return optax.contrib.ScaleBySimplifiedAdEMAMixState(
             t=copied(found.count), m=copies(found.m), n=copies(found.nu)

@@ -1,17 +1,21 @@
 """Another storage format in the middle of a run."""
 
 import dataclasses
+import functools as ft
 from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from .._checks import check_counter
+from .._hyperparams import Scalar
 from .._inspection import decoded, find, of
 from .._memory import placed_as
+from .._numerics import cast, compute_dtype
 from .._optimizer import AbstractOptimizer, OptaxOptimizer
 from .._paths import Node, Path, flatten, leaves_with_path
 from .._state import AbstractMomentState
@@ -19,7 +23,7 @@ from .._storage.codec import Stored
 from .._typing import no_type_check
 from .adopt import adopted, copies
 from .target import blank_state
-from .weights import weight_after
+from .weights import sum_after, weight_after
 
 
 State = TypeVar("State")
@@ -29,7 +33,7 @@ State = TypeVar("State")
 def change_state_format(
     state: State, optim: AbstractOptimizer[Any] | OptaxOptimizer, params: PyTree
 ) -> State:
-    """Stores the moments of a state in another format or in another memory, in the
+    r"""Stores the moments of a state in another format or in another memory, in the
     middle of a run.
 
     Use it when `state_format` changes, when an [`eqx_ademamix.Offloaded`][] is added or
@@ -53,8 +57,11 @@ def change_state_format(
     buffer is shared with `state`. If `optim` has `b1=0` and so needs no `m1`, it is
     dropped. If only one of the two has `bias_correct_m2`, then `m2_weight` is dropped,
     or computed from the `b3` of `optim` over all steps taken. The same holds for
-    `m1_weight` and `nu_weight` if `b1` or `b2` is a schedule in only one of the two. If
-    only one of them has `skip_nonfinite`, then `skipped` is dropped, or starts at 0.
+    `m1_weight` and `nu_weight` if `b1` or `b2` is a schedule in only one of the two.
+    Where one of these two is dropped, the moment is multiplied by the quotient of the
+    weight that `optim` assumes, $1 - \beta^t$, and the weight that it had, so that its
+    corrected value stays the same. If only one of the two has `skip_nonfinite`, then
+    `skipped` is dropped, or starts at 0.
 
     **Raises:**
 
@@ -87,7 +94,7 @@ def change_state_format(
     scalars = _new_weights(own, old, optim)
     if _differ(own.skipped, old.skipped):
         scalars["skipped"] = own.skipped
-    ours = _in_format_of(own, old, scalars)
+    ours = _in_format_of(own, old, scalars, _factors(own, old, optim))
     new = lambda x: ours if is_one(x) else _copied_if_array(x)
     return jax.tree.map(new, state, is_leaf=is_one)
 
@@ -104,13 +111,40 @@ def _new_weights(
     }
 
 
+# The averages whose corrections divide by a weight in every optimizer.
+_CORRECTED = {"m1_weight": "m1", "nu_weight": "nu"}
+
+
+def _factors(
+    own: AbstractMomentState[Any], old: AbstractMomentState[Any], optim: object
+) -> dict[str, Scalar]:
+    """What keeps the corrected values of moments whose weights are dropped."""
+    weights = {
+        moment: (name, getattr(old, name))
+        for name, moment in _CORRECTED.items()
+        if name in own.weights
+        and getattr(own, name) is None
+        and getattr(old, name) is not None
+        and jtu.tree_leaves(getattr(own, moment))
+    }
+    return {
+        moment: _ratio(sum_after(optim, name, old.count), weight)
+        for moment, (name, weight) in weights.items()
+    }
+
+
+def _ratio(new: Scalar, old: Scalar) -> Scalar:
+    return jnp.where(old > 0, new / jnp.where(old > 0, old, 1.0), 1.0)
+
+
 def _in_format_of(
     own: AbstractMomentState[Any],
     old: AbstractMomentState[Any],
     scalars: dict[str, Any],
+    factors: dict[str, Scalar],
 ) -> AbstractMomentState[Any]:
-    """A copy of an old state, with its moments stored like those of our `own`, and with
-    these scalars."""
+    """A copy of an old state, with its moments, multiplied by factors, stored like
+    those of our `own`, and with these scalars."""
     _check_m1(own, old)
     arrays, moments = decoded(old), {}
     for name in [name for name in own.names if name is not None]:
@@ -118,20 +152,26 @@ def _in_format_of(
         if name == "m1" and not jtu.tree_leaves(like):
             moments[name] = like
             continue
+        values = getattr(arrays, name)
+        if name in factors:
+            values = jax.tree.map(ft.partial(_times, factors[name]), values)
         new = adopted(
-            f"state.{name}",
-            getattr(arrays, name),
-            own.moments.m2,
-            like,
-            is_real=name == "nu",
+            f"state.{name}", values, own.moments.m2, like, is_real=name == "nu"
         )
-        moments[name] = _same_where_alike(getattr(old, name), new)
+        if name not in factors:
+            new = _same_where_alike(getattr(old, name), new)
+        moments[name] = new
     kept = {
         field.name: copies(getattr(old, field.name))
         for field in dataclasses.fields(old)
         if field.name not in (*moments, *scalars)
     }
     return type(old)(**kept, **moments, **scalars)
+
+
+def _times(factor: Scalar, x: Array) -> Array:
+    real = compute_dtype(x.dtype)
+    return cast(x, real) * factor.astype(real)
 
 
 def _differ(x: object, y: object) -> bool:

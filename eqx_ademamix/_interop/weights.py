@@ -1,6 +1,6 @@
 """Sums of weights that other optimizers do not keep, over all steps taken."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
 import jax.numpy as jnp
@@ -37,13 +37,31 @@ def weight_after(
 ) -> Scalar | None:
     """The weight of all values in an average after a number of steps, if our `own`
     state keeps it."""
-    if getattr(own, weight) is None:
-        return None
+    return None if getattr(own, weight) is None else sum_after(optim, weight, count)
+
+
+def sum_after(optim: object, weight: str, count: Count) -> Scalar:
+    """The weight of all values in an average of an optimizer after a number of
+    steps."""
     name = _DECAYS[weight]
     decay = _decay(optim, AbstractMomentOptimizer, name, weight)
     if callable(decay):
         return _sum_after(name, decay, count, lambda decay: decay.complement)
     return _weight(resolve_decay(name, decay, count)[1], count)
+
+
+def check_no_weights(
+    state: AbstractMomentState[Any], names: Iterable[str] = tuple(_DECAYS)
+) -> None:
+    """Checks that a state has none of these weights, which optax does not keep."""
+    for name in names:
+        if getattr(state, name, None) is not None:
+            raise ValueError(
+                f"`state` has `{name}`, which optax's optimizers do not keep: their "
+                "`b1` and `b2` are constant, and they do not correct `m2`. First "
+                "convert the state for an `optim` like that: "
+                "`state = change_state_format(state, optim, params)`."
+            )
 
 
 def _decay(optim: object, cls: type, name: str, weight: str) -> HyperParamOrSchedule:

@@ -192,7 +192,7 @@ class Compensated(AbstractOptimizer[CompensatedState]):
         state, like, given = self._checked(grads, state, params)
         g = _checked_gradients(grads, like)
         r16 = [r for r in like.values if r is not None]
-        given = _as_expected(given, state.fingerprint)
+        before = _checked_count(state, given)
         p16 = _beside(given, r16)
         wide16 = _master(p16, r16)
         wide = eqx.combine(_in_tree(wide16, like), params)
@@ -208,11 +208,11 @@ class Compensated(AbstractOptimizer[CompensatedState]):
             p16,
             r16,
             _keys(like),
-            state.count,
+            before,
             keeps_zero=taken is not None,
         )
         after = _fingerprint_after(given, updates16, state.fingerprint)
-        new, old = (next_count(state.count), after), (state.count, state.fingerprint)
+        new, old = (next_count(before), after), (before, state.fingerprint)
         count, fingerprint = chosen(taken, new, old)
         updates16 = _beside(updates16, given)
         return eqx.combine(_in_tree(updates16, like), updates), CompensatedState(
@@ -295,12 +295,15 @@ def _beside(arrays: list[Array], like: list[Array]) -> list[Array]:
     return [in_sharding_of(x, y) for x, y in zip(arrays, like, strict=True)]
 
 
-def _as_expected(p16: list[Array], expected: Array | None) -> list[Array]:
-    """The 16-bit parameters, with an error at run time if they are not as expected."""
+def _checked_count(state: CompensatedState, p16: list[Array]) -> Array:
+    """The counter, with an error at run time if the 16-bit parameters are not as
+    expected. (An error that belonged to the parameters would gather all of them on
+    every device.)"""
+    expected = state.fingerprint
     if expected is None or not p16:
-        return p16
+        return state.count
     is_other = (expected != 0) & (fingerprint(p16) != expected)
-    return eqx.error_if(p16, is_other, _CHANGED)
+    return eqx.error_if(state.count, is_other, _CHANGED)
 
 
 def _fingerprint_after(
