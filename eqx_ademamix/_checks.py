@@ -63,7 +63,7 @@ def check_supported(optim: object, cls: type) -> None:
     if not isinstance(optim, cls):
         raise TypeError(
             f"`optim` is {describe(optim)}, but this function supports only "
-            f"{with_article(f'`{cls.__name__}`')}. Pass one of those."
+            f"{with_article(f'`{cls.__name__}`')}. Pass an optimizer of that class."
         )
 
 

@@ -537,10 +537,10 @@ def make_step(
         return eqx.apply_updates(model, updates), state, loss
     ```
 
-    and it gives the same numbers, bit for bit. But `eqx.filter_jit` takes the model and
-    the state apart at each call and puts them back together, which for a small model
-    takes longer than the step itself. Here the model and the state are a flat tuple of
-    arrays from the first call to the last: a carry.
+    and by default it gives the same numbers, bit for bit. But `eqx.filter_jit` takes
+    the model and the state apart at each call and puts them back together, which for a
+    small model takes longer than the step itself. Here the model and the state are a
+    flat tuple of arrays from the first call to the last: a carry.
 
     **Arguments:**
 

@@ -71,7 +71,7 @@ _LAST_STEP = 2**31 - 1  # where the counters of a state stop
 
 @no_type_check
 def review(optim: _Member | Sequence[_Member], *, num_steps: int) -> list[str]:
-    r"""What an expert would say about a configuration before the run. Each sentence
+    r"""Finds problems in a configuration before the run. Each sentence
     gives the numbers behind it and what to change. There is one for each of these
     problems:
 
@@ -404,8 +404,8 @@ def _long_memory(run: _Run) -> Iterator[str]:
 def _few_steps(run: _Run) -> Iterator[str]:
     if run.steps < _FEWEST_STEPS:
         yield (
-            f"A run of {run.steps:,} steps is too short for a slow average: ten "
-            "half-lives of one that remembers ten times as long as `b1=0.9` are "
+            f"A run of {run.steps:,} steps is too short for a slow average: even "
+            "with a decay of only 0.99, it needs ten half-lives, which are "
             f"{_FEWEST_STEPS:,} steps. Use AdamW, which is `alpha=0`."
         )
 

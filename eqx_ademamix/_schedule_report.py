@@ -88,7 +88,7 @@ def schedule_report(optim: Any, *, num_steps: int) -> str:
 @no_type_check
 def plot_schedules(optim: Any, num_steps: int, path: str | os.PathLike[str]) -> None:
     """Draws the hyperparameters of an optimizer over a run. Needs matplotlib:
-    `pip install eqx_ademamix[plot]`.
+    `pip install "eqx_ademamix[plot]"`.
 
     The figure has a panel for the learning rate, for `alpha`, for the half-lives of the
     decay rates, and for the weight decay.
@@ -214,7 +214,7 @@ def _figure_class() -> Any:
     except ImportError as error:
         raise ImportError(
             "`plot_schedules` needs the package matplotlib. Install it with "
-            "`pip install eqx_ademamix[plot]`."
+            '`pip install "eqx_ademamix[plot]"`.'
         ) from error
 
 

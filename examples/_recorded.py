@@ -20,7 +20,8 @@ def meaning(config: Config, fingerprint: str) -> str:
     lines = [
         "The loss is the mean over the held-out files (every tenth) of Python's",
         "standard library, in nats per byte. In a recorded run with the same settings,",
-        f"AdamW ended at {texts[text]:.4f}.",
+        f"AdamW ended at {texts[text]:.4f}. Rounding alone has changed such a loss by",
+        "0.011, so one run cannot tell them apart: see docs/reproductions.md.",
     ]
     if text != fingerprint:
         lines += [

@@ -169,8 +169,8 @@ def test_a_b3_that_remembers_too_much_for_the_run():
 def test_a_run_that_is_too_short():
     short = made(689, b3_end=0.99)
     assert review(short, num_steps=689) == [
-        "A run of 689 steps is too short for a slow average: ten half-lives of one "
-        "that remembers ten times as long as `b1=0.9` are 690 steps. Use AdamW, which "
+        "A run of 689 steps is too short for a slow average: even with a decay "
+        "of only 0.99, it needs ten half-lives, which are 690 steps. Use AdamW, which "
         "is `alpha=0`."
     ]
     assert review(made(690, b3_end=0.99), num_steps=690) == []

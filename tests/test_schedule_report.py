@@ -138,7 +138,7 @@ def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Any):
         raise ImportError(name)
 
     monkeypatch.setattr(importlib, "import_module", missing)
-    with pytest.raises(ImportError, match=r"pip install eqx_ademamix\[plot\]"):
+    with pytest.raises(ImportError, match=r"pip install \"eqx_ademamix\[plot\]\""):
         plot_schedules(OPTIM, 10, tmp_path / "plot.png")
     assert not (tmp_path / "plot.png").exists()
 

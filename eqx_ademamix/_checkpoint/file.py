@@ -49,7 +49,7 @@ def _safetensors() -> Any:
     except ImportError as error:
         raise ImportError(
             "Checkpoints need the package safetensors. Install it with "
-            "`pip install eqx_ademamix[checkpoint]`."
+            '`pip install "eqx_ademamix[checkpoint]"`.'
         ) from error
 
 

@@ -41,7 +41,7 @@ Tree = TypeVar("Tree")
 def save(path: str | os.PathLike[str], tree: PyTree, *, optim: object = None) -> None:
     """Saves a tree into one file, in the format of
     [safetensors](https://huggingface.co/docs/safetensors). Needs the package
-    safetensors: `pip install eqx_ademamix[checkpoint]`.
+    safetensors: `pip install "eqx_ademamix[checkpoint]"`.
 
     The file is written next to its final place, flushed to disk, and then renamed. So
     there is always a complete file under that name, the old one or the new one, even if

@@ -25,7 +25,8 @@ class Offloaded(AbstractOptimizer[S], Generic[S]):
     A jitted step copies these moments to the device and back, one parameter at a time.
     The copies are ordered so that the device never holds the moments of all parameters
     at once, only those of the parameter being updated and of the next one. The results
-    are those of the wrapped optimizer, bit for bit.
+    are those of the wrapped optimizer, bit for bit, as long as XLA compiles the rest of
+    the program in the same way.
 
     The state is that of the wrapped optimizer, with some arrays in host memory. All
     functions of this package that accept a state accept this one.
