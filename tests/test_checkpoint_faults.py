@@ -366,7 +366,7 @@ def test_without_safetensors(path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(sys.modules, "safetensors", None)
     for call in (lambda: save(path, TREE), lambda: load(path, TREE)):
         with pytest.raises(
-            ImportError, match=r"pip install eqx_ademamix\[checkpoint\]"
+            ImportError, match=r"pip install \"eqx_ademamix\[checkpoint\]\""
         ):
             call()
     assert names(path.parent) == [path.name]
