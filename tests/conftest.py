@@ -16,6 +16,9 @@ import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# The random numbers of JAX 0.5 and later, also in older versions.
+if not getattr(jax.config, "jax_threefry_partitionable", True):
+    jax.config.update("jax_threefry_partitionable", True)
 
 
 @pytest.fixture(scope="session", autouse=True)
