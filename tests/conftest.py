@@ -16,9 +16,6 @@ import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# The random numbers of JAX 0.5 and later, also in older versions.
-if not getattr(jax.config, "jax_threefry_partitionable", True):
-    jax.config.update("jax_threefry_partitionable", True)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -41,6 +38,13 @@ def compile_once(tmp_path_factory: pytest.TempPathFactory):
 def standard_promotion():
     """For tests that run optax code, which adds integers and floats."""
     with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture
+def random_numbers_of_jax_0_5():
+    """For tests whose facts depend on random numbers: older versions have others."""
+    with jax.threefry_partitionable(True):
         yield
 
 

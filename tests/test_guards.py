@@ -134,6 +134,7 @@ def slow_part(x: Any, nu_hat: Any, ratio: float) -> Any:
         return x * np.fmin(1.0, bound / np.abs(x))
 
 
+@pytest.mark.usefixtures("random_numbers_of_jax_0_5")
 @pytest.mark.parametrize("corrected", (False, True))
 @pytest.mark.parametrize("eps_root", (0.0, 1e-3))
 def test_the_slow_average_is_clipped_inside_the_update_only(
@@ -193,6 +194,7 @@ def test_the_push_after_the_gradients_stop(name: str, module: Any):
     assert ratio.median == pytest.approx(min(plain.median, 5.0), rel=1e-3)
 
 
+@pytest.mark.usefixtures("random_numbers_of_jax_0_5")
 def test_rows_that_rarely_see_a_gradient(module: Any):
     """Once in 5000 steps. One gradient alone gives the ratio `fresh`."""
     pushes = module("_pushes")
