@@ -2,6 +2,7 @@
 # pyright: reportArgumentType=false, reportCallIssue=false
 
 import importlib
+import inspect
 import textwrap
 from typing import Any
 
@@ -50,7 +51,9 @@ Hyperparameters over 256,000 steps:
 @pytest.mark.parametrize("optim", (OPTIM, Compensated(OPTIM)))
 def test_text(optim: Any):
     assert schedule_report(optim, num_steps=256_000) == TEXT
-    assert textwrap.indent(TEXT, " " * 8) in (schedule_report.__doc__ or "")
+    # `cleandoc`, because Python 3.13 removes the indentation of docstrings itself.
+    text = inspect.cleandoc(schedule_report.__doc__ or "")
+    assert textwrap.indent(TEXT, " " * 4) in text
 
 
 def test_without_schedules_there_is_no_table():
