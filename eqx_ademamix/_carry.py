@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, PyTree
 
 from ._memory import is_in_host
-from ._numerics import AnyArray, DType
+from ._numerics import AnyArray
 from ._paths import (
     Node,
     PyTreeDef,
@@ -26,6 +26,7 @@ from ._paths import (
     with_article,
 )
 from ._sharding import Place, is_committed, is_explicit, place_beside
+from ._typing import DType
 
 
 NAMES = ("model", "state", "model_state")

@@ -16,7 +16,7 @@ from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
 from ._filters import Leaf, Selection
-from ._numerics import DType, complex_dtype, real_dtype
+from ._numerics import complex_dtype, real_dtype
 from ._paths import (
     Aligned,
     Departure,
@@ -37,6 +37,7 @@ from ._paths import (
 from ._state import AbstractMomentState
 from ._storage.codec import Stored, Struct, misfit
 from ._storage.format import Moments, StateFormat, codecs
+from ._typing import DType
 
 
 #

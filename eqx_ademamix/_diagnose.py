@@ -11,10 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from ._numerics import DType, DTypeLike
 from ._paths import describe
 from ._stall import FROZEN
-from ._typing import no_type_check
+from ._typing import DType, DTypeLike, no_type_check
 
 
 History: TypeAlias = Sequence[Mapping[str, Any]]

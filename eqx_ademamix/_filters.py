@@ -11,7 +11,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
-from ._numerics import DType, clip_magnitude
+from ._numerics import clip_magnitude
 from ._paths import (
     Departure,
     Leaves,
@@ -31,6 +31,7 @@ from ._paths import (
 )
 from ._storage.codec import Stored, Struct
 from ._storage.format import Moments
+from ._typing import DType
 
 
 # Bools, or callables from an array to a bool. Checked against a model when used.

@@ -13,8 +13,9 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Real
 
-from ._numerics import Decay, DType, saturated
+from ._numerics import Decay, saturated
 from ._paths import describe
+from ._typing import DType
 
 
 # What a schedule returns is checked when it is called.

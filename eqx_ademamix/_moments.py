@@ -17,7 +17,6 @@ from ._hyperparams import (
 )
 from ._numerics import (
     Decay,
-    DTypeLike,
     bias_factor,
     cast,
     complex_dtype,
@@ -39,7 +38,7 @@ from ._paths import (
     path_text,
 )
 from ._storage.codec import is_encoded
-from ._typing import no_type_check
+from ._typing import DTypeLike, no_type_check
 
 
 @no_type_check

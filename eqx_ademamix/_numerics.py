@@ -17,11 +17,10 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Inexact, Integer, UInt32
 
+from ._sharding import is_explicit, known_sharding
+from ._typing import DType
 
-DType: TypeAlias = np.dtype[Any]
-# Anything that names a dtype: "float32", np.dtype("float32"), jnp.float32. (JAX's own
-# alias contains a protocol that beartype cannot check.)
-DTypeLike: TypeAlias = str | DType | type[Any]
+
 # The two words of a path's hash, as `path_words` gives them. `jit` makes them an array
 # of JAX, but `jax.disable_jit` does not.
 PathWords: TypeAlias = UInt32[Array | np.ndarray, "2"]
@@ -288,8 +287,11 @@ def path_word(count: Integer[Array, ""], path: PathWords) -> UInt32[Array, ""]:
 
 
 def _of_parity(path: PathWords, step: UInt32[Array, ""]) -> UInt32[Array, ""]:
-    """The first number in even steps, the second in odd ones. (Indexing would fail for
-    a batch of steps that is split over an explicit mesh axis.)"""
+    """The first number in even steps, the second in odd ones."""
+    if not is_explicit(known_sharding(step)):
+        return jnp.asarray(path)[step & np.uint32(1)]
+    # Indexing would fail for a batch of steps that is split over an explicit mesh axis.
+    # A sum is another kernel for each leaf.
     is_it = jnp.arange(2, dtype=np.uint32) == (step & np.uint32(1))
     return jnp.sum(jnp.where(is_it, jnp.asarray(path), np.uint32(0)), dtype=np.uint32)
 

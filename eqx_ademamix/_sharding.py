@@ -10,7 +10,7 @@ from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from jaxtyping import Array
 
-from ._numerics import DTypeLike
+from ._typing import DTypeLike
 
 
 # For each axis of an array, the mesh axes that it is split over.
@@ -99,9 +99,8 @@ def in_sharding_of(x: Array, like: Array) -> Array:
         )
         moves = known and not x.sharding.is_equivalent_to(like.sharding, x.ndim)
         return jax.device_put(x, like.sharding) if moves else x
-    typeof = getattr(jax, "typeof", None)
-    sharding = getattr(typeof(like), "sharding", None) if typeof else None
-    if typeof is None or not is_explicit(sharding) or typeof(x).sharding == sharding:
+    sharding = known_sharding(like)
+    if not is_explicit(sharding) or known_sharding(x) == sharding:
         return x
     return jax.sharding.reshard(x, sharding)
 
@@ -109,14 +108,13 @@ def in_sharding_of(x: Array, like: Array) -> Array:
 def on_every_device(x: Array) -> Array:
     """A small array with a copy on every device, where it is split over explicit mesh
     axes."""
-    typeof = getattr(jax, "typeof", None)
-    sharding: Any = getattr(typeof(x), "sharding", None) if typeof else None
+    sharding = known_sharding(x)
     if not is_explicit(sharding) or not any(sharding.spec):
         return x
     return jax.sharding.reshard(x, NamedSharding(sharding.mesh, PartitionSpec()))
 
 
-def on_devices(sharding: Any) -> Any:
+def with_devices(sharding: Any) -> Any:
     """A sharding over the mesh of `jax.set_mesh` in place of the abstract mesh of a
     `jax.eval_shape`, if they are alike. Others are returned as they are."""
     if not is_abstract(sharding):
@@ -132,6 +130,13 @@ def is_abstract(sharding: object) -> bool:
     """Whether a sharding has no devices, as `jax.eval_shape` gives it for arrays with
     explicit mesh axes."""
     return isinstance(sharding, NamedSharding) and not isinstance(sharding.mesh, Mesh)
+
+
+def known_sharding(x: Array) -> Any:
+    """The sharding in the type of an array. Inside `jit`, it has only explicit axes.
+    `None` before JAX 0.6, where types have no shardings."""
+    typeof = getattr(jax, "typeof", None)
+    return getattr(typeof(x), "sharding", None) if typeof else None
 
 
 def is_explicit(sharding: Any) -> bool:

@@ -21,7 +21,6 @@ from ._hyperparams import AbstractHyperparams, in_dtype
 from ._inspection import resolved
 from ._memory import any_in_host, to_device
 from ._numerics import (
-    DType,
     cast,
     clip_magnitude,
     compute_dtype,
@@ -43,7 +42,7 @@ from ._storage.codec import (
     store,
 )
 from ._storage.format import Moments, StateFormat
-from ._typing import no_type_check
+from ._typing import DType, no_type_check
 
 
 StallReport: TypeAlias = dict[str, dict[str, float]]

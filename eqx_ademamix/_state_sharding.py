@@ -306,21 +306,21 @@ def _own_spec(path: Path, param: Array | Struct, mesh: Mesh) -> Spec:
     is_named = isinstance(sharding, NamedSharding)
     if sharding is None or (not is_named and sharding.is_fully_replicated):
         return ((),) * len(param.shape)
-    if not is_named or not _is_same(sharding.mesh, mesh):
+    if not is_named or not _is_same_mesh(sharding.mesh, mesh):
         raise ValueError(
             f"params{path_text(path)} is sharded with {sharding}, but not over `mesh`: "
-            f"{_described(mesh)}. Put the parameters on this mesh, or describe them "
+            f"{_mesh_text(mesh)}. Put the parameters on this mesh, or describe them "
             "with `jax.ShapeDtypeStruct`."
         )
     return spec_of(sharding, len(param.shape))
 
 
-def _is_same(found: Any, mesh: Mesh) -> bool:
+def _is_same_mesh(found: Any, mesh: Mesh) -> bool:
     """Whether a mesh, or the abstract one that `jax.eval_shape` gives, is this one."""
     return found == (mesh if isinstance(found, Mesh) else mesh.abstract_mesh)
 
 
-def _described(mesh: Mesh) -> str:
+def _mesh_text(mesh: Mesh) -> str:
     ids = [device.id for device in mesh.devices.flat]
     return f"{mesh}, with the devices {shortened(str(ids), 60)}"
 

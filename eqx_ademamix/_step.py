@@ -43,7 +43,6 @@ from ._hyperparams import (
 from ._learning_rate_scale import Scales, as_scales
 from ._memory import after, any_in_host, placed_as, to_device
 from ._numerics import (
-    DType,
     PathWords,
     as_array,
     cast,
@@ -72,7 +71,7 @@ from ._storage.codec import (
     store,
 )
 from ._storage.format import Moments, StateFormat, zeros
-from ._typing import no_type_check
+from ._typing import DType, no_type_check
 
 
 class WeightDecay(enum.Enum):

@@ -2,8 +2,15 @@
 
 import typing
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
+import numpy as np
+
+
+DType: TypeAlias = np.dtype[Any]
+# Anything that names a dtype: "float32", np.dtype("float32"), jnp.float32. (JAX's own
+# alias contains a protocol that beartype cannot check.)
+DTypeLike: TypeAlias = str | DType | type[Any]
 
 _Fn = TypeVar("_Fn", bound=Callable[..., Any])
 

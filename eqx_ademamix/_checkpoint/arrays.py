@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from .._numerics import AnyArray, DType
+from .._numerics import AnyArray
 from .._paths import Node, with_article
-from .._sharding import is_committed, on_devices
+from .._sharding import is_committed, with_devices
+from .._typing import DType
 from .file import DTYPES, Raw
 
 
@@ -105,7 +106,7 @@ def _placed(x: Any, like: Any) -> Array:
     """An array with the sharding of another one, which a jitted call may overwrite. It
     is copied, because JAX can leave an array in NumPy's memory, and donating that has
     crashed some versions."""
-    sharding = on_devices(like.sharding)
+    sharding = with_devices(like.sharding)
     if sharding is None or _may_move(like):
         return jax.device_put(x).copy()
     array = (

@@ -14,8 +14,8 @@ from typing import IO, Any, NamedTuple, NoReturn, TypeAlias
 
 import numpy as np
 
-from .._numerics import DType
 from .._paths import describe
+from .._typing import DType
 
 
 try:

@@ -13,7 +13,7 @@ from jaxtyping import PyTree
 from .._checks import check_alive
 from .._inspection import is_moment_state
 from .._paths import Leaves, Node, describe, full_path_text, path_text
-from .._sharding import is_abstract, on_devices
+from .._sharding import is_abstract, with_devices
 from .arrays import is_array, is_enabled, is_storable
 from .contents import Contents
 from .file import CheckpointError
@@ -74,7 +74,7 @@ def check_has_devices(leaves: Leaves) -> None:
     """Checks that the shardings of `like` name devices, or that `jax.set_mesh` does."""
     for path, x in zip(leaves.paths, leaves.values, strict=True):
         sharding = getattr(x, "sharding", None)
-        if is_abstract(on_devices(sharding)):
+        if is_abstract(with_devices(sharding)):
             raise ValueError(
                 f"like{path_text(path)} has the sharding {sharding}, which names no "
                 "devices, as `jax.eval_shape` gives it for explicit mesh axes. Call "

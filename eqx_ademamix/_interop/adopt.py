@@ -13,17 +13,11 @@ from .._checks import checked_leaves
 from .._filters import trained_arrays
 from .._inspection import decoded, find
 from .._memory import placed_as, to_device
-from .._numerics import (
-    AnyArray,
-    DType,
-    DTypeLike,
-    cast,
-    complex_dtype,
-    compute_dtype,
-)
+from .._numerics import AnyArray, cast, complex_dtype, compute_dtype
 from .._paths import Node, flatten, path_text
 from .._state import AdEMAMixState
 from .._storage.codec import Stored, encode_like
+from .._typing import DType, DTypeLike
 
 
 def our_state(state: PyTree) -> AdEMAMixState:

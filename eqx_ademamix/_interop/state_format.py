@@ -23,7 +23,7 @@ from .._storage.codec import Stored
 from .._typing import no_type_check
 from .adopt import adopted, copies
 from .target import blank_state
-from .weights import sum_after, weight_after
+from .weights import new_weight, weight_after
 
 
 State = TypeVar("State")
@@ -128,7 +128,7 @@ def _factors(
         and jtu.tree_leaves(getattr(own, moment))
     }
     return {
-        moment: _ratio(sum_after(optim, name, old.count), weight)
+        moment: _ratio(new_weight(optim, name, old.count), weight)
         for moment, (name, weight) in weights.items()
     }
 

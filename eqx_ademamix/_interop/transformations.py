@@ -20,7 +20,6 @@ from .._hyperparams import (
     HyperParamOrSchedule,
     Schedule,
 )
-from .._numerics import DTypeLike
 from .._paths import Node, describe, flatten, is_leaf
 from .._schedules import Beta3Schedule
 from .._simplified import SimplifiedAdEMAMix
@@ -28,7 +27,7 @@ from .._state import AdEMAMixState, S
 from .._step import AbstractMomentOptimizer
 from .._storage.codec import storable
 from .._storage.format import StateFormat
-from .._typing import no_type_check
+from .._typing import DTypeLike, no_type_check
 
 
 T = TypeVar("T")

@@ -37,10 +37,10 @@ def weight_after(
 ) -> Scalar | None:
     """The weight of all values in an average after a number of steps, if our `own`
     state keeps it."""
-    return None if getattr(own, weight) is None else sum_after(optim, weight, count)
+    return None if getattr(own, weight) is None else new_weight(optim, weight, count)
 
 
-def sum_after(optim: object, weight: str, count: Count) -> Scalar:
+def new_weight(optim: object, weight: str, count: Count) -> Scalar:
     """The weight of all values in an average of an optimizer after a number of
     steps."""
     name = _DECAYS[weight]

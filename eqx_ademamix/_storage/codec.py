@@ -13,17 +13,10 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, Float, UInt32
 
-from .._numerics import (
-    DType,
-    DTypeLike,
-    complex_dtype,
-    compute_dtype,
-    rounded,
-    seed_of,
-)
+from .._numerics import complex_dtype, compute_dtype, rounded, seed_of
 from .._paths import AbstractLeaf, describe
 from .._sharding import place_beside, zeros_at, zeros_beside
-from .._typing import no_type_check
+from .._typing import DType, DTypeLike, no_type_check
 
 
 Struct: TypeAlias = jax.ShapeDtypeStruct

@@ -10,9 +10,8 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array
 
-from .._numerics import DTypeLike
 from .._paths import describe
-from .._typing import no_type_check
+from .._typing import DTypeLike, no_type_check
 from .codec import AbstractCodec, Dense, Stored, storable
 from .scaled import ScaledFloat8, ScaledFloat16
 

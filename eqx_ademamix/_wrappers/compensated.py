@@ -26,7 +26,6 @@ from .._guards import Taken, chosen
 from .._hyperparams import checked_flag
 from .._inspection import is_moment_state, states_in
 from .._numerics import (
-    DType,
     as_array,
     fingerprint,
     path_word,
@@ -51,7 +50,7 @@ from .._paths import (
 from .._sharding import in_sharding_of, scalars_beside, zeros_beside
 from .._state import ArrayTree, CompensatedState, next_count
 from .._storage.codec import Struct
-from .._typing import no_type_check
+from .._typing import DType, no_type_check
 
 
 # pyright: reportUndefinedVariable=false
